@@ -1,0 +1,150 @@
+"""Settings: typed, frozen, unknown keys refused; YAML files with command-line overrides."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+import yaml
+
+from mri_posterior.errors import UserError
+from mri_posterior.priors.network import NetworkConfig
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What ``train`` needs.
+
+    Attributes
+    ----------
+    dataset: ``magnitude`` reads a file of magnitude slices (`input`, see `training_data`), ``knee_phantom``
+        generates simulated knees without end.
+    network: the architecture and what the model card says of it.
+    crop: rows and columns the network trains on.
+    batch, steps, learning_rate, warmup, ema: the optimiser (Adam, cosine decay to zero over `steps`).
+    seed: step `n` draws the same data and noise in a resumed run as in an unbroken one.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    dataset: Literal["magnitude", "knee_phantom"] = "magnitude"
+    input: str | None = None
+    output: str = "priors/new"
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    title: str = "prior"
+    crop: tuple[int, int] = (120, 96)
+    batch: int = 16
+    steps: int = 8000
+    learning_rate: float = 6e-4
+    warmup: int = 300
+    ema: float = 0.999
+    seed: int = 0
+    checkpoint_every: int = 250
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+
+def config_path(name_or_path: str) -> Path:
+    """The file a ``--config`` argument means: a path, or a bare name looked up in ``configs/``.
+
+    Raises
+    ------
+    UserError: there is no such file; the message lists the nearest names.
+    """
+    path = Path(name_or_path)
+    folders = [Path("configs"), Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs"]
+    candidates = [path] if len(path.parts) > 1 else [path, *(folder / path for folder in folders)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = sorted({p.name for folder in folders for p in folder.glob("*.yaml")})
+    near = difflib.get_close_matches(path.name, known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]}?" if near else f"shipped configurations: {', '.join(known)}"
+    raise UserError(f"{name_or_path}: no such configuration file: {hint}")
+
+
+def load_config(cls: type[Config], name_or_path: str, overrides: dict[str, Any] | None = None) -> Config:
+    """Read a YAML file into the typed configuration `cls`, then apply overrides such as ``{"sampler.h": 0.5}``.
+
+    Raises
+    ------
+    UserError: no such file, not YAML, an unknown key (with the nearest valid one) or a value of the wrong type.
+    """
+    path = config_path(name_or_path)
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())}): correct it") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a configuration is a mapping of keys to values, this is a {type(tree).__name__}")
+    for key, value in (overrides or {}).items():
+        _set(tree, key, value)
+    return parse_config(cls, tree, str(path))
+
+
+def parse_config(cls: type[Config], tree: dict[str, Any], source: str) -> Config:
+    """Validate a nested mapping as `cls`; `source` names it in errors."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(cls).validate_python(tree)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_explain(cls, error.errors()[0])}") from None
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split ``key=value`` of ``--set``; the value is read as YAML, so ``null``, numbers and lists work.
+
+    Raises
+    ------
+    UserError: there is no ``=``, or the value is not YAML.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {text}: write it as key=value, for example --set sampler.sigma_min=0.02")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {text}: the value is not valid YAML: quote it") from None
+
+
+def dump_config(config: Any) -> str:
+    """The configuration as YAML text, for output files."""
+    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"--set {key}: {parent} is a single value, not a group of settings")
+        tree = child
+    tree[last] = value
+
+
+def _explain(cls: type, problem: dict[str, Any]) -> str:
+    """One line for the first validation problem, with the nearest valid name where a key is unknown."""
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] not in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{key or 'configuration'}: {problem['msg'][0].lower()}{problem['msg'][1:]} (got {problem['input']!r})"
+    names = _names_at(cls, location[:-1])
+    near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"valid here: {', '.join(names)}"
+    return f"unknown key {key}: {hint}"
+
+
+def _names_at(cls: Any, parents: list[str]) -> list[str]:
+    for parent in parents:
+        cls = get_type_hints(cls, include_extras=False).get(parent, cls) if is_dataclass(cls) else cls
+    return [f.name for f in fields(cls)] if is_dataclass(cls) else []

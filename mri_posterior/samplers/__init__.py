@@ -1,0 +1,83 @@
+"""Samplers of a `Posterior`, and the one loop that runs them.
+
+To add one: a frozen dataclass with `plan`, `start` and `step` (see `step.Sampler`) in a file of its own, and a line in `SAMPLERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Complex
+
+from mri_posterior.noise import NoiseStreams, stable_seed
+from mri_posterior.posterior import Posterior, PosteriorSamples, StepRecord
+from mri_posterior.samplers.annealed_langevin import AnnealedLangevin
+from mri_posterior.samplers.reverse_diffusion import ReverseDiffusion
+from mri_posterior.samplers.step import Sampler
+
+__all__ = ["SAMPLERS", "AnnealedLangevin", "ReverseDiffusion", "Sampler", "SamplingFailed", "sample"]
+
+SAMPLERS: dict[str, type] = {
+    "annealed_langevin": AnnealedLangevin,
+    "reverse_diffusion": ReverseDiffusion,
+}
+
+
+class SamplingFailed(RuntimeError):
+    """A chain left the finite numbers: the step is too long, or the denoiser was given what it does not know."""
+
+
+class _CountingPrior:
+    """Counts evaluations, so that no sampler has to."""
+
+    def __init__(self, prior):
+        self.prior = prior
+        self.calls = 0
+
+    def __call__(self, x, sigma):
+        self.calls += 1
+        return self.prior(x, sigma)
+
+
+@torch.no_grad()
+def sample(
+    sampler: Sampler,
+    posterior: Posterior,
+    n_samples: int,
+    seed: int = 0,
+    *,
+    key: tuple = (),
+    first: int = 0,
+    warm_start: Complex[torch.Tensor, "H W"] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> PosteriorSamples:
+    """Draw samples of the posterior.
+
+    Parameters
+    ----------
+    n_samples: chains, run as one batch; each ends in one sample.
+    seed, key: sample `i` depends on ``(seed, *key, first + i)`` alone, whatever the batch; `key` names volume and slice.
+    warm_start: a cheap reconstruction for samplers that use one.
+    progress: called after each step with the steps done and their total.
+
+    Raises
+    ------
+    SamplingFailed: a chain became NaN or infinite.
+    """
+    counter = _CountingPrior(posterior.prior)
+    posterior = Posterior(counter, posterior.operator, posterior.kspace, posterior.noise_std, posterior.terms)
+    seeds = tuple(stable_seed(seed, *key, first + i) for i in range(n_samples))
+    streams = NoiseStreams(seeds, posterior.operator.device, posterior.operator.dtype)
+    plan = sampler.plan(posterior)
+    state = sampler.start(posterior, streams, warm_start)
+    records = []
+    for done, step in enumerate(plan, 1):
+        before = state.x
+        state = sampler.step(streams, state, step)
+        change = (state.x - before).abs().square().mean().sqrt()
+        if not torch.isfinite(change):
+            raise SamplingFailed(f"{sampler.name} diverged in {step.phase} level {step.level}: lower sampler.h")
+        records.append(StepRecord(step.phase, step.sigma, step.eta, float(change)))
+        progress(done, len(plan))
+    return PosteriorSamples(state.x, counter.calls, records, sampler.sigma_min, seeds)
