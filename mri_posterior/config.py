@@ -5,14 +5,76 @@ from __future__ import annotations
 import difflib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_type_hints
 
 import yaml
 
+from pydantic import Field
+
+from mri_posterior.coils import CoilConfig
 from mri_posterior.errors import UserError
+from mri_posterior.masks import MaskConfig
+from mri_posterior.measurement import NoiseConfig
 from mri_posterior.priors.network import NetworkConfig
+from mri_posterior.samplers import SAMPLERS, AnnealedLangevin
 
 Config = TypeVar("Config")
+AnySampler = Annotated[Union[tuple(SAMPLERS.values())], Field(discriminator="name")]  # noqa: UP007 (built at run time)
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """Which prior, and at what resolution.
+
+    Attributes
+    ----------
+    name: a shipped prior or a directory written by ``train``.
+    assumed_voxel_size_mm: used, with a log line, where the file's header has no field of view. Without it such
+        a file is an error: a prior at the wrong resolution gives wrong anatomy.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    name: str
+    assumed_voxel_size_mm: float | None = None
+
+
+@dataclass(frozen=True)
+class ReconstructionConfig:
+    """What ``reconstruct`` and ``evaluate`` need.
+
+    Attributes
+    ----------
+    prior: which prior.
+    input: a fastMRI file or a folder of them; None means the embedded simulated volume `sample`.
+    output: folder for the results.
+    slices: first and last + 1; None means all.
+    mask: undersampling of fully sampled volumes. A volume that carries its own mask keeps that one.
+    sampler, warm_start: how samples are drawn; a warm start is one of the baselines.
+    samples, batch, seed: samples per slice, how many run at once, and the seed. `batch` does not change a sample.
+    level: of the interval maps.
+    keep_samples: store every sample in the output file.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    prior: PriorConfig
+    input: str | None = None
+    sample: Literal["knee", "brain"] | None = None
+    output: str = "outputs"
+    slices: tuple[int, int] | None = None
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    coils: CoilConfig = field(default_factory=CoilConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    sampler: AnySampler = field(default_factory=AnnealedLangevin)
+    warm_start: Literal["cg_sense", "l1_wavelet"] = "cg_sense"
+    samples: Annotated[int, Field(ge=2)] = 8
+    batch: Annotated[int, Field(ge=1)] = 8
+    seed: int = 0
+    level: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    keep_samples: bool = True
+    device: Device = "auto"
 
 
 @dataclass(frozen=True)
@@ -44,7 +106,7 @@ class TrainingConfig:
     ema: float = 0.999
     seed: int = 0
     checkpoint_every: int = 250
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
 
 
 def config_path(name_or_path: str) -> Path:

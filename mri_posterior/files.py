@@ -57,3 +57,17 @@ def require_free_space(folder: str | Path, n_bytes: int) -> None:
         raise UserError(
             f"{folder}: needs {n_bytes:,} bytes but {free:,} are free: free space or choose another --output"
         )
+
+
+def require_writable(folder: str | Path) -> None:
+    """Make `folder` if need be and refuse to start work whose results could not be written there.
+
+    Raises
+    ------
+    UserError: the folder cannot be made or written.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error}): choose another --output") from error

@@ -21,8 +21,9 @@ class MultiCoilSlice:
     mask: sampled points.
     maps: coil sensitivities, ``sum_c |maps_c|^2 = 1``; the image's low-resolution phase has been moved into them.
     noise_std: per real channel, in the units of `kspace`.
-    scale: multiply an image by this to return to the file's units.
-    phase: unit-modulus factor that returns an image to the phase of the maps as estimated.
+    scale, weight: ``x * scale * weight`` is the image in the file's units, comparable to a root-sum-of-squares
+        reference, and with the phase of the maps as estimated. `weight` varies over the image because
+        whitening weighs the coils.
     """
 
     kspace: Complex[torch.Tensor, "coils H W"]
@@ -30,4 +31,4 @@ class MultiCoilSlice:
     maps: Complex[torch.Tensor, "coils H W"]
     noise_std: float
     scale: float
-    phase: Complex[torch.Tensor, "H W"]
+    weight: Complex[torch.Tensor, "H W"]

@@ -184,7 +184,8 @@ def _load_checkpoint(folder: Path, config: TrainingConfig, prior, average, optim
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise UserError(f"{path}: broken checkpoint ({error}): delete it to start again") from error
-    if json.loads(metadata["config"]) != json.loads(json.dumps(_identity(config))):
+    known = json.loads(metadata["config"])
+    if any(known.get(key) != value for key, value in json.loads(json.dumps(_identity(config))).items()):
         raise UserError(f"{path}: checkpoint of another configuration: choose another --output or delete it")
     part = lambda prefix: {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
     prior.load_state_dict(part("weights."))
@@ -198,5 +199,6 @@ def _load_checkpoint(folder: Path, config: TrainingConfig, prior, average, optim
 
 
 def _identity(config: TrainingConfig) -> dict:
-    """The settings that make two runs the same run."""
-    return {k: v for k, v in asdict(config).items() if k not in ("output", "input", "device", "checkpoint_every")}
+    """The settings that make two runs the same run; `steps` may change, to train longer or to stop sooner."""
+    free = ("output", "input", "device", "checkpoint_every", "steps", "title")
+    return {k: v for k, v in asdict(config).items() if k not in free}

@@ -72,7 +72,7 @@ class MagnitudeSlices:
         if not held_out:
             images = _strip_some(images, generator)
         images = _place(images, crop, generator, geometry=not held_out)
-        return _complex_image(images, generator, contrast=not held_out)
+        return _complex_image(images, generator, contrast=not held_out, jitter=not held_out)
 
 
 class KneePhantoms:
@@ -90,7 +90,7 @@ class KneePhantoms:
         rows = torch.randint(size - crop[0] + 1, (n,), generator=generator).tolist()
         columns = torch.randint(size - crop[1] + 1, (n,), generator=generator).tolist()
         cropped = [im[r : r + crop[0], c : c + crop[1]] for im, r, c in zip(images, rows, columns, strict=True)]
-        return _complex_image(torch.stack(cropped), generator, contrast=False)
+        return _complex_image(torch.stack(cropped), generator, contrast=False, jitter=not held_out)
 
 
 def _percentile(images: Float[torch.Tensor, "n H W"]) -> Float[torch.Tensor, "n 1 1"]:
@@ -134,13 +134,14 @@ def _place(images, crop, generator, *, geometry: bool):
     return torch.where(keep[:, None, None], images, resampled)
 
 
-def _complex_image(images, generator, *, contrast: bool) -> Complex[torch.Tensor, "n H W"]:
+def _complex_image(images, generator, *, contrast: bool, jitter: bool) -> Complex[torch.Tensor, "n H W"]:
     n = len(images)
     if contrast:
         gamma = torch.exp(0.25 * torch.randn(n, generator=generator) * (torch.rand(n, generator=generator) < 0.5))
         images = images.clamp_min(0) ** gamma[:, None, None]
         images = images * torch.exp(BIAS_RMS * smooth_field(images.shape, generator))
         images = images / _percentile(images)
+    if jitter:
         images = images * torch.exp(SCALE_JITTER * torch.randn(n, 1, 1, generator=generator))
     strength = -PHASE_RMS * torch.rand(n, 1, 1, generator=generator).clamp_min(1e-6).log()
     return torch.polar(images.float(), strength * smooth_field(images.shape, generator))

@@ -13,7 +13,7 @@ from mri_posterior.noise import NoiseStreams
 from mri_posterior.posterior import GaussianTerm, Posterior
 from mri_posterior.samplers.preconditioner import ScalarPreconditioner, SolvedPreconditioner, probe_spectrum
 from mri_posterior.samplers.reverse_diffusion import diffusion_step, diffusion_steps
-from mri_posterior.samplers.schedules import annealing_levels
+from mri_posterior.samplers.schedules import annealing_levels, diffusion_levels
 from mri_posterior.samplers.step import State, Step
 from mri_posterior.solvers import conjugate_gradient
 
@@ -27,20 +27,25 @@ class AnnealedLangevin:
     Attributes
     ----------
     algorithm: 1 starts from a sample of the prior. 2 starts from the posterior's one Gaussian term ``x~``, by
-        reverse diffusion from level ``std`` of that term. 3 makes the term itself: ``x~ = x_0 + sigma_ws n`` from a
-        warm start ``x_0`` (CG-SENSE unless one is given), then 2.
+        reverse diffusion from level ``std`` of that term. 3 makes ``x~ = x_0 + sigma_ws n`` itself from a warm start
+        ``x_0`` (CG-SENSE unless one is given), then goes on as 2.
+    guided: Algorithm 3 only (ours). The way down from `sigma_ws` follows ``p_sigma(x) * likelihood`` by Langevin
+        steps at every diffusion level, so that chains arrive where the data want them, and ``x~`` is a starting point and
+        nothing more. Without it (the paper) the way down samples ``p(x | x~)``, and ``x~`` stays in the target as a
+        Gaussian term, which pulls the result towards ``x_0`` by the share ``V / (V + sigma_ws^2)`` of posterior variance V.
     sigma_min: smoothing of the prior in the target, per real channel.
     sigma_ws: noise put on the warm start: large against its error, small against the image.
     sigma_max: where Algorithm 1's reverse diffusion starts.
-    diffusion_steps: evaluations of the reverse diffusion.
+    diffusion_steps, guided_steps: levels of the way down, and Langevin steps at each when it is guided.
+    eta_start: the guided way down, and the annealing after it, start at measurement noise ``eta_start * noise_std``;
+        otherwise annealing starts where the likelihood is as weak as what the chain already knows.
     levels, steps_per_level, final_steps: annealing levels, Langevin steps at each, and extra steps at the last.
     kernel: ``lm`` is Leimkuhler and Matthews 2013, exact covariance on Gaussian targets at any stable step;
         ``ula`` is the paper's Euler scheme, whose variance is ``2/(2 - h)`` too large at preconditioned step `h`.
     precondition: ``spectral`` uses the prior's local power spectrum, ``scalar`` its worst case ``1/sigma_min^2``,
-        ``none`` no preconditioner at all (the paper's scheme).
+        ``none`` no preconditioner at all (the paper's scheme). The way down is always at the worst case: a
+        spectrum averaged over the image is too bold for its flat parts while sigma is large.
     h: step size in units of the preconditioner, below 2 for stability.
-    release: Algorithm 3 only: drop the warm start's term at the last level (ours). The paper keeps it, which pulls the
-        result towards ``x_0`` by the share ``V / (V + sigma_ws^2)`` where the posterior variance is ``V``.
     coupled_noise: anneal on noised measurements ``y_i`` of one coupled path (the paper) rather than on ``y`` itself.
     spectrum_probes: two evaluations each, for ``spectral``.
     cg_tolerance, cg_iterations: of the preconditioner's solves.
@@ -50,31 +55,38 @@ class AnnealedLangevin:
 
     name: Literal["annealed_langevin"] = "annealed_langevin"
     algorithm: Literal[1, 2, 3] = 3
-    sigma_min: float = 0.01
-    sigma_ws: float = 0.2
+    guided: bool = True
+    sigma_min: float = 0.02
+    sigma_ws: float = 0.4
     sigma_max: float = 10.0
-    diffusion_steps: int = 20
-    levels: int = 12
+    diffusion_steps: int = 14
+    guided_steps: int = 2
+    eta_start: float = 2.0
+    levels: int = 4
     steps_per_level: int = 1
-    final_steps: int = 12
+    final_steps: int = 10
     kernel: Literal["lm", "ula"] = "lm"
     precondition: Literal["spectral", "scalar", "none"] = "spectral"
     h: float = 0.8
-    release: bool = True
     coupled_noise: bool = True
     spectrum_probes: int = 2
     cg_tolerance: float = 1e-3
     cg_iterations: int = 40
 
     def plan(self, posterior: Posterior) -> list[Step]:
-        """Reverse diffusion to `sigma_min`, then every level's Langevin steps."""
-        start = self._start_level(posterior)
-        steps = diffusion_steps(start, self.sigma_min, self.diffusion_steps)
-        # Where the likelihood of the first level is as weak as what the chain already knows.
-        etas = annealing_levels(max(start, posterior.noise_std), posterior.noise_std, self.levels)
-        for level, eta in enumerate(etas):
-            count = self.steps_per_level + (self.final_steps if level == len(etas) - 1 else 0)
-            steps += [Step("langevin", level, self.sigma_min, eta=eta)] * count
+        """The way down to `sigma_min`, then every level's Langevin steps."""
+        eta, start = posterior.noise_std, self._start_level(posterior)
+        if self._is_guided:
+            first = self.eta_start * eta
+            sigmas = diffusion_levels(start, self.sigma_min, self.diffusion_steps)[:-1]
+            steps = [Step("guided", 0, s, eta=first) for s in sigmas for _ in range(self.guided_steps)]
+        else:
+            first = max(start, eta)
+            steps = diffusion_steps(start, self.sigma_min, self.diffusion_steps)
+        levels = annealing_levels(first, eta, self.levels)
+        for level, eta_level in enumerate(levels):
+            count = self.steps_per_level + (self.final_steps if level == len(levels) - 1 else 0)
+            steps += [Step("langevin", level, self.sigma_min, eta=eta_level)] * count
         return steps
 
     def start(self, posterior: Posterior, streams: NoiseStreams, warm_start: Image | None) -> State:
@@ -88,13 +100,14 @@ class AnnealedLangevin:
         else:
             x_0 = cg_sense(posterior) if warm_start is None else warm_start
             x = x_0 + self.sigma_ws * streams.complex(*shape)
-            posterior = posterior.with_term(GaussianTerm(x, self.sigma_ws))
+            if not self.guided:
+                posterior = posterior.with_term(GaussianTerm(x, self.sigma_ws))
         return State(posterior, x, back_projections=self._measurement_path(posterior, streams))
 
     def step(self, streams: NoiseStreams, state: State, step: Step) -> State:
         if step.phase == "diffusion":
             return diffusion_step(state.posterior.prior, streams, state, step)
-        if step.level != state.level:
+        if step != state.entered:
             state = self._enter(streams, state, step)
         drift = state.posterior.score(state.x, step.sigma, state.back_projections[step.level], step.eta)
         fresh = state.preconditioner.noise(streams)
@@ -105,6 +118,10 @@ class AnnealedLangevin:
         x = state.x + state.preconditioner.apply(self.h * drift + kick)
         return replace(state, x=x, noise=fresh)
 
+    @property
+    def _is_guided(self) -> bool:
+        return self.guided and self.algorithm == 3
+
     def _start_level(self, posterior: Posterior) -> float:
         if self.algorithm == 2 and posterior.terms:
             return posterior.terms[0].std
@@ -113,7 +130,7 @@ class AnnealedLangevin:
     def _measurement_path(self, posterior: Posterior, streams: NoiseStreams) -> Complex[torch.Tensor, "levels n H W"]:
         """``A^H y_i`` along one coupled path per chain: ``y_N = y``, ``y_i = y_(i+1) + sqrt(eta_i^2 - eta_(i+1)^2) n``."""
         operator = posterior.operator
-        etas = sorted({s.eta for s in self.plan(posterior) if s.eta is not None})
+        etas = sorted({step.eta for step in self.plan(posterior) if step.phase == "langevin"})
         path = [operator.adjoint(posterior.kspace).expand(len(streams), *operator.shape)]
         for quieter, louder in zip(etas, etas[1:], strict=False):
             noise = 0.0
@@ -123,30 +140,25 @@ class AnnealedLangevin:
         return torch.stack(path[::-1])
 
     def _enter(self, streams: NoiseStreams, state: State, step: Step) -> State:
-        """Set up the preconditioner of a new level; the first one also learns the prior's spectrum."""
+        """Set up the preconditioner of a new level; the first of the annealing also learns the prior's spectrum."""
         posterior, spectrum = state.posterior, state.spectrum
-        if self.algorithm == 3 and self.release and step.level == len(state.back_projections) - 1:
-            posterior = replace(posterior, terms=posterior.terms[:-1])
-        if self.precondition == "spectral" and spectrum is None:
-            spectrum = probe_spectrum(posterior.prior, state.x, self.sigma_min, streams, self.spectrum_probes)
+        if self.precondition == "spectral" and step.phase == "langevin" and spectrum is None:
+            spectrum = probe_spectrum(posterior.prior, state.x, step.sigma, streams, self.spectrum_probes)
         if self.precondition == "none":
-            curvature = 1 / self.sigma_min**2 + 1 / step.eta**2 + posterior.term_precision
+            curvature = 1 / step.sigma**2 + 1 / step.eta**2 + posterior.term_precision
             preconditioner = ScalarPreconditioner(posterior.operator, curvature)
         else:
-            prior_curvature = 1 / (self.sigma_min**2 + (0 if spectrum is None else spectrum))
-            curvature = torch.as_tensor(prior_curvature + posterior.term_precision, dtype=state.x.real.dtype)
-            circulant = posterior.operator.circulant()
+            variance = step.sigma**2 + (torch.zeros_like(state.x.real[:1]) if spectrum is None else spectrum)
             preconditioner = SolvedPreconditioner(
                 posterior.operator,
                 step.eta,
-                curvature.to(state.x.device).expand(1 if spectrum is None else len(state.x), *circulant.shape),
-                circulant,
+                1 / variance + posterior.term_precision,
+                posterior.operator.circulant(),
                 self.cg_tolerance,
                 self.cg_iterations,
             )
         noise = preconditioner.noise(streams)
-        entered = replace(state, posterior=posterior, spectrum=spectrum, level=step.level)
-        return replace(entered, preconditioner=preconditioner, noise=noise)
+        return replace(state, spectrum=spectrum, entered=step, preconditioner=preconditioner, noise=noise)
 
 
 def cg_sense(posterior: Posterior, regularisation: float = 1e-2, iterations: int = 30) -> Image:

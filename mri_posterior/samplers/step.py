@@ -37,7 +37,7 @@ class State:
     denoised, log_ratio: previous evaluation and step of the multistep diffusion solver.
     back_projections: ``A^H y_i`` of every level, ``[levels, n, H, W]``: the only thing a level needs of ``y_i``.
     spectrum: local power spectrum of the prior, for the preconditioner.
-    level, preconditioner, noise: of the Langevin level under way; `noise` is ``b_n``, which the next step uses again.
+    entered, preconditioner, noise: of the Langevin level under way, whose steps are all alike; `noise` is ``b_n``, which the next step uses again.
     """
 
     posterior: Posterior
@@ -46,7 +46,7 @@ class State:
     log_ratio: float = 0.0
     back_projections: Complex[torch.Tensor, "levels n H W"] | None = None
     spectrum: Float[torch.Tensor, "n H W"] | None = None
-    level: int = -1
+    entered: Step | None = None
     preconditioner: SolvedPreconditioner | ScalarPreconditioner | None = None
     noise: Image | None = None
 

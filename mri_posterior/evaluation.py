@@ -1,0 +1,130 @@
+"""How good a folder of reconstructions is, beside classical ones of the same data, and whether its intervals hold."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import yaml
+from jaxtyping import Complex, Float
+
+from mri_posterior.baselines import BASELINES
+from mri_posterior.config import ReconstructionConfig, parse_config
+from mri_posterior.errors import UserError
+from mri_posterior.files import atomic_path
+from mri_posterior.metrics import image_metrics, interval_coverage
+from mri_posterior.pipeline import PreparedSlice, input_volumes, plan_volume, prepare
+from mri_posterior.priors import load_prior
+from mri_posterior.progress import progress_view
+from mri_posterior.volumes import VolumeReconstruction, read_reconstruction
+
+log = logging.getLogger("mri_posterior")
+
+LEVELS = (0.5, 0.8, 0.9, 0.95)
+REFERENCES = ("rss", "coil_combined")
+
+
+def evaluate_folder(config: ReconstructionConfig, baselines: tuple[str, ...] = tuple(BASELINES)) -> dict:
+    """Metrics and coverage of every reconstruction of `config.input` that lies in `config.output`.
+
+    Data, mask and coil maps are those each reconstruction was made with (its stored configuration), so the
+    baselines see what the sampler saw. Metrics are fastMRI's, per volume, averaged over volumes; they are given
+    against each reference apart: ``rss`` (the file's own) and ``coil_combined`` (fully sampled, with the slice's maps).
+    ``evaluation.json`` is written beside the reconstructions.
+
+    Raises
+    ------
+    UserError: a volume without a reconstruction, or without any reference to compare with.
+    """
+    folder = Path(config.output)
+    volumes = {}
+    for path in input_volumes(config):
+        result_path = folder / f"{path.stem}.h5"
+        if not result_path.is_file():
+            raise UserError(f"{result_path}: there is no reconstruction of {path.name}: run reconstruct first")
+        volumes[path.stem] = evaluate_volume(path, result_path, baselines)
+    result = {"n_volumes": len(volumes), "mean": _average(list(volumes.values())), "volumes": volumes}
+    with atomic_path(folder / "evaluation.json") as temporary:
+        temporary.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def evaluate_volume(path: Path, result_path: Path, baselines: tuple[str, ...]) -> dict:
+    """``{reference: {"metrics": {method: {...}}, "coverage": {level: {...}}}}`` of one volume."""
+    result = read_reconstruction(result_path)
+    tree = yaml.safe_load(result.attrs["config"])
+    made_with = parse_config(ReconstructionConfig, tree, f"{result_path} (attribute config)")
+    plan = plan_volume(made_with, path, load_prior(made_with.prior.name))
+    images: dict[str, list] = {"posterior_mean": list(result.reconstruction)}
+    if result.samples is not None:
+        images["one_sample"] = list(np.abs(result.samples[:, 0]))
+    images |= {name: [] for name in baselines}
+    prepared = []
+    with progress_view(f"{path.stem} baselines", len(result.slices)) as report:
+        for done, index in enumerate(result.slices, 1):
+            prepared.append(prepare(made_with, plan, index))
+            for name in baselines:
+                images[name].append(np.abs(prepared[-1].to_file(BASELINES[name](prepared[-1].slice_))))
+            report(done)
+    stacks = {name: np.stack(stack).astype(np.float32) for name, stack in images.items()}
+
+    references = {"rss": [p.target for p in prepared], "coil_combined": [p.combined for p in prepared]}
+    scores = {}
+    for name, slices in references.items():
+        if any(image is None for image in slices):
+            continue
+        target = np.stack(slices).astype(np.float32)
+        scores[name] = {
+            "metrics": {method: image_metrics(target, stack) for method, stack in stacks.items()},
+            "coverage": _coverage(name, target, result, prepared, plan.grid is not None),
+        }
+    if not scores:
+        raise UserError(f"{path}: has no reference (undersampled by the scanner): there is nothing to evaluate against")
+    return scores
+
+
+def _coverage(
+    reference: str, target: Float[np.ndarray, "slice h w"], result: VolumeReconstruction, prepared: list[PreparedSlice], reduced: bool
+) -> dict[str, dict[str, float]] | None:
+    """Coverage per level; None where it would mean nothing: no samples kept, or a target of another resolution."""
+    if result.samples is None or (reference == "rss" and reduced):
+        return None
+    noise_free = reference == "rss" and bool(prepared[0].volume.attrs.get("target_noise_free", False))
+    noise = None if noise_free else np.stack([_reference_noise(p) for p in prepared])
+    magnitudes = np.abs(result.samples).swapaxes(0, 1)
+    coverage = interval_coverage(target, magnitudes, LEVELS, noise)
+    return {f"{level:g}": share._asdict() for level, share in coverage.items()}
+
+
+def _reference_noise(prepared: PreparedSlice) -> Float[np.ndarray, "h w"]:
+    """Standard deviation of a fully sampled reference's own noise: one real channel of it, since magnitude sees one."""
+    constant: Complex[np.ndarray, "h w"] = np.full(prepared.slice_.mask.shape, prepared.slice_.noise_std, np.complex64)
+    phase = prepared.slice_.weight.numpy() / np.abs(prepared.slice_.weight.numpy())
+    return np.abs(prepared.to_file(constant * phase.conj()))
+
+
+def _average(trees: list):
+    """Leaf-wise mean of nested dictionaries; a leaf that some volume lacks is averaged over the others."""
+    trees = [tree for tree in trees if tree is not None]
+    if not trees:
+        return None
+    if not isinstance(trees[0], dict):
+        return float(np.mean(trees))
+    keys = dict.fromkeys(key for tree in trees for key in tree)
+    return {key: _average([tree[key] for tree in trees if key in tree]) for key in keys}
+
+
+def format_table(result: dict) -> str:
+    """The averages as text: one table per reference, then coverage."""
+    lines = []
+    for reference, scores in result["mean"].items():
+        lines.append(f"against {reference} ({result['n_volumes']} volume{'s' if result['n_volumes'] > 1 else ''})")
+        lines.append(f"  {'method':<16}{'NMSE':>10}{'PSNR':>9}{'SSIM':>9}")
+        for method, metric in scores["metrics"].items():
+            lines.append(f"  {method:<16}{metric['NMSE']:>10.4f}{metric['PSNR']:>9.2f}{metric['SSIM']:>9.4f}")
+        if scores["coverage"]:
+            pairs = [f"{float(level):.0%}: {share['foreground']:.1%}" for level, share in scores["coverage"].items()]
+            lines.append("  interval coverage (foreground)  " + "   ".join(pairs))
+    return "\n".join(lines)
