@@ -23,8 +23,12 @@ def parser(command: str, problem: str) -> argparse.ArgumentParser:
     result.add_argument("--samples", type=int, metavar="N", help="posterior samples per slice")
     result.add_argument("--seed", type=int, metavar="S")
     result.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"])
-    result.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override any value of the configuration")
-    result.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, write nothing")
+    result.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override any value of the configuration"
+    )
+    result.add_argument(
+        "--dry-run", action="store_true", help="check everything, say what would be done, write nothing"
+    )
     return result
 
 
@@ -36,7 +40,9 @@ def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(main: Callable[[Sequence[str] | None], int], arguments: Sequence[str] | None = None) -> int:
-    """Run a command: log lines to standard error, one line for a user's mistake (exit code 2), 1 when something failed."""
+    """Run a command: log lines to standard error, one line for a user's mistake (exit code 2), 1 when something
+    failed.
+    """
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
     try:

@@ -23,7 +23,8 @@ class CoilConfig:
 
     Attributes
     ----------
-    method: ``espirit`` (Uecker et al. 2014), ``unit`` for one coil (sensitivity 1), ``auto`` picks by the number of coils.
+    method: ``espirit`` (Uecker et al. 2014), ``unit`` for one coil (sensitivity 1), ``auto`` picks by the number of
+        coils.
     calib_width: largest calibration region used, in k-space points per side.
     kernel_width, threshold: ESPIRiT's kernel and its cut on calibration-matrix singular values.
     crop: blank maps where ESPIRiT's eigenvalue is below this. 0 keeps them everywhere: the data
@@ -62,7 +63,9 @@ def estimate_maps(
             raise UserError(f"coils.method=unit is for one coil, this file has {n_coils}: set coils.method=espirit")
         return np.ones_like(kspace)
     if n_coils == 1:
-        raise UserError("coil maps were asked for (coils.method=espirit) but the file has one coil: set coils.method=unit")
+        raise UserError(
+            "coil maps were asked for (coils.method=espirit) but the file has one coil: set coils.method=unit"
+        )
     width = min(config.calib_width, *calibration)
     if width < MIN_CALIBRATION:
         raise UserError(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import difflib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_type_hints
 
 import yaml
-
 from pydantic import Field
 
 from mri_posterior.coils import CoilConfig
@@ -196,17 +195,18 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
 
 def _explain(cls: type, problem: dict[str, Any]) -> str:
     """One line for the first validation problem, with the nearest valid name where a key is unknown."""
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
+    path, known = [], cls
+    *parents, last = (str(part) for part in problem["loc"]) if problem["loc"] else ("configuration",)
+    for parent in parents:
+        if parent in SAMPLERS and path[-1:] == ["sampler"]:
+            known = SAMPLERS[parent]  # pydantic puts the chosen sampler's name into the path
+            continue
+        known = get_type_hints(known).get(parent) if is_dataclass(known) else None
+        path.append(parent)
+    key = ".".join([*path, last])
     if problem["type"] not in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{key or 'configuration'}: {problem['msg'][0].lower()}{problem['msg'][1:]} (got {problem['input']!r})"
-    names = _names_at(cls, location[:-1])
-    near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
+        return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]} (got {problem['input']!r})"
+    names = [f.name for f in fields(known)] if is_dataclass(known) else []
+    near = difflib.get_close_matches(last, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"valid here: {', '.join(names)}"
     return f"unknown key {key}: {hint}"
-
-
-def _names_at(cls: Any, parents: list[str]) -> list[str]:
-    for parent in parents:
-        cls = get_type_hints(cls, include_extras=False).get(parent, cls) if is_dataclass(cls) else cls
-    return [f.name for f in fields(cls)] if is_dataclass(cls) else []

@@ -1,4 +1,6 @@
-"""``python -m mri_posterior.evaluate --config knee4x.yaml``: fastMRI's metrics and interval coverage of a results folder."""
+"""``python -m mri_posterior.evaluate --config knee4x.yaml``: fastMRI's metrics and interval coverage of a results
+folder.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from mri_posterior.pipeline import input_volumes
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = cli.parser("evaluate", "Score the reconstructions in --output against the references in --input.")
-    parser.add_argument("--no-baselines", action="store_true", help="leave out zero-filled, CG-SENSE, L1-wavelet and TV")
+    parser.add_argument(
+        "--no-baselines", action="store_true", help="leave out zero-filled, CG-SENSE, L1-wavelet and TV"
+    )
     options = parser.parse_args(arguments)
     config = load_config(ReconstructionConfig, options.config, cli.overrides(options))
     if options.dry_run:

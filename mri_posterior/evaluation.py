@@ -86,7 +86,11 @@ def evaluate_volume(path: Path, result_path: Path, baselines: tuple[str, ...]) -
 
 
 def _coverage(
-    reference: str, target: Float[np.ndarray, "slice h w"], result: VolumeReconstruction, prepared: list[PreparedSlice], reduced: bool
+    reference: str,
+    target: Float[np.ndarray, "slice h w"],
+    result: VolumeReconstruction,
+    prepared: list[PreparedSlice],
+    reduced: bool,
 ) -> dict[str, dict[str, float]] | None:
     """Coverage per level; None where it would mean nothing: no samples kept, or a target of another resolution."""
     if result.samples is None or (reference == "rss" and reduced):

@@ -35,7 +35,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}): free space or choose another --output") from error
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}): free space or choose another --output"
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

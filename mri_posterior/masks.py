@@ -40,7 +40,7 @@ class MaskConfig:
     UserError: a value is out of range.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+    __pydantic_config__ = {"extra": "forbid"}
 
     kind: Literal["random", "equispaced", "equispaced_fraction", "poisson", "none"] = "random"
     acceleration: float = 4

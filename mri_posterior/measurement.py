@@ -48,7 +48,8 @@ def prepare_slice(
 
     Returns
     -------
-    The slice, and the coil-combined image of *all* of `kspace` in its units: for a fully sampled scan the reference that
+    The slice, and the coil-combined image of *all* of `kspace` in its units: for a fully sampled scan the reference
+    that
     the diffusion papers compare with (MVUE), noise included. Nothing else may use it.
 
     Raises
@@ -135,6 +136,8 @@ def _crop_readout(kspace: Complex[np.ndarray, "coils H W"], rows: int) -> Comple
 def _low_resolution_image(kspace, maps, calibration: tuple[int, int]) -> Complex[np.ndarray, "H W"]:
     """Coil-combined image of the fully sampled centre, tapered against ringing: the source of scale and phase."""
     window: Float[np.ndarray, "H W"] = np.zeros(kspace.shape[1:])
-    taper = [np.hanning(n + 2)[1:-1] if n < full else np.ones(n) for n, full in zip(calibration, window.shape, strict=True)]
+    taper = [
+        np.hanning(n + 2)[1:-1] if n < full else np.ones(n) for n, full in zip(calibration, window.shape, strict=True)
+    ]
     centre_crop(window, calibration)[...] = np.outer(*taper)
     return (maps.conj() * ifft2c(window * kspace)).sum(axis=0)

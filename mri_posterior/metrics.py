@@ -25,7 +25,9 @@ class Coverage(NamedTuple):
 
 
 def nmse(target: Float[np.ndarray, "slice h w"], reconstruction: Float[np.ndarray, "slice h w"]) -> float:
-    """Normalised mean squared error, ``‖target - reconstruction‖² / ‖target‖²`` of the volume (``fastmri.evaluate.nmse``)."""
+    """Normalised mean squared error, ``‖target - reconstruction‖² / ‖target‖²`` of the volume
+    (``fastmri.evaluate.nmse``).
+    """
     return float(import_fastmri("evaluate").nmse(*_checked(target, reconstruction)))
 
 

@@ -38,7 +38,9 @@ class SenseOperator:
 
     def __init__(self, maps: Complex[torch.Tensor, "coils H W"], mask: Bool[torch.Tensor, "H W"]):
         if maps.ndim != 3 or mask.shape != maps.shape[1:]:
-            raise ValueError(f"maps {tuple(maps.shape)} and mask {tuple(mask.shape)}: expected [coils, H, W] and [H, W]")
+            raise ValueError(
+                f"maps {tuple(maps.shape)} and mask {tuple(mask.shape)}: expected [coils, H, W] and [H, W]"
+            )
         self.maps = maps
         self.mask = mask.to(maps.device)
         # In A^H A the image shift commutes with the circular convolution, so only the mask needs shifting, once.

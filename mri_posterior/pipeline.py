@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +20,12 @@ from mri_posterior.embedded import sample_volume
 from mri_posterior.errors import UserError
 from mri_posterior.files import atomic_path, require_free_space, require_writable
 from mri_posterior.masks import make_mask
-from mri_posterior.measurement import centre_crop, ifft2c, prepare_slice, resample
+from mri_posterior.measurement import centre_crop, prepare_slice, resample
 from mri_posterior.metrics import credible_interval, image_metrics
 from mri_posterior.operator import SenseOperator
 from mri_posterior.panels import PanelImages, panel_title, write_panel
 from mri_posterior.posterior import Posterior
-from mri_posterior.priors import NetworkPrior, load_prior, prior_folder
+from mri_posterior.priors import NetworkPrior, prior_folder
 from mri_posterior.progress import progress_view
 from mri_posterior.samplers import sample
 from mri_posterior.slices import MultiCoilSlice
@@ -72,7 +71,8 @@ def plan_volume(config: ReconstructionConfig, path: Path, prior: NetworkPrior) -
 
     Raises
     ------
-    UserError: an unreadable volume, slices that do not exist, unknown voxel size, or voxels larger than the prior knows.
+    UserError: an unreadable volume, slices that do not exist, unknown voxel size, or voxels larger than the prior
+    knows.
     """
     volume = open_volume(path)
     first, last = config.slices or (0, volume.n_slices)

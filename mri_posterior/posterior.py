@@ -49,7 +49,9 @@ class Posterior:
         if not self.noise_std > 0:
             raise ValueError(f"noise_std must be positive, got {self.noise_std}")
         if self.kspace.shape != self.operator.maps.shape:
-            raise ValueError(f"k-space {tuple(self.kspace.shape)} does not fit the maps {tuple(self.operator.maps.shape)}")
+            raise ValueError(
+                f"k-space {tuple(self.kspace.shape)} does not fit the maps {tuple(self.operator.maps.shape)}"
+            )
 
     def with_term(self, term: GaussianTerm) -> Posterior:
         return replace(self, terms=(*self.terms, term))

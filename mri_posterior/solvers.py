@@ -34,7 +34,7 @@ def conjugate_gradient(
     product = _inner(residual, preconditioned)
     goal = tolerance**2 * _inner(rhs, rhs)
     for _ in range(max_iterations):
-        active = _inner(residual, residual) > goal
+        active = ~(_inner(residual, residual) <= goal)  # NaN stays active, so that it shows in the solution
         if not bool(active.any()):
             break
         image = matvec(direction)

@@ -38,7 +38,8 @@ def draw_sigma(n: int, prior: NetworkPrior, generator: torch.Generator) -> torch
 
 
 def denoising_loss(prior: NetworkPrior, clean: torch.Tensor, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """EDM's loss, ``E lambda(sigma) |D(x + sigma n) - x|^2`` with the weight that makes the network's target unit-variance.
+    """EDM's loss, ``E lambda(sigma) |D(x + sigma n) - x|^2`` with the weight that makes the network's target
+    unit-variance.
 
     Per image, ``[n]``, and per real channel, so 1 is what predicting zero would give.
     """
@@ -61,13 +62,16 @@ def validation_loss(prior: NetworkPrior, data: TrainingData, crop: tuple[int, in
     for sigma in VALIDATION_SIGMAS:
         noise = torch.randn(*clean.shape, 2, generator=generator)
         noisy = clean + sigma * torch.view_as_complex(noise).to(device)
-        squares = [(prior(x, sigma) - c).abs().square() / 2 for x, c in zip(noisy.split(16), clean.split(16), strict=True)]
+        squares = [
+            (prior(x, sigma) - c).abs().square() / 2 for x, c in zip(noisy.split(16), clean.split(16), strict=True)
+        ]
         errors[f"{sigma:g}"] = float(torch.cat(squares).mean().sqrt())
     return errors
 
 
 def train(config: TrainingConfig) -> Path:
-    """Train a prior by denoising score matching and write its directory; continue from the last checkpoint if there is one.
+    """Train a prior by denoising score matching and write its directory; continue from the last checkpoint if there
+    is one.
 
     The checkpoint (``training_state.safetensors`` beside the prior) holds weights, moving average and Adam's moments;
     data and noise of step `n` come from ``(seed, n)``, so an interrupted run continues on the same curve.
@@ -79,7 +83,9 @@ def train(config: TrainingConfig) -> Path:
     """
     folder = Path(config.output)
     data = open_training_data(config)
-    device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu"))
+    device = torch.device(
+        "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
+    )
     torch.manual_seed(stable_seed(config.seed, "initial weights"))
     prior, average = NetworkPrior(config.network).to(device), NetworkPrior(config.network).to(device)
     average.load_state_dict(prior.state_dict())
@@ -96,8 +102,15 @@ def train(config: TrainingConfig) -> Path:
         noise = torch.view_as_complex(torch.randn(*clean.shape, 2, generator=generator)).to(device)
         loss = denoising_loss(prior, clean, sigma, noise).mean()
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}: lower learning_rate or inspect the data")
-        rate = config.learning_rate * min(1, (step + 1) / config.warmup) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {step}: lower learning_rate or inspect the data"
+            )
+        rate = (
+            config.learning_rate
+            * min(1, (step + 1) / config.warmup)
+            * 0.5
+            * (1 + math.cos(math.pi * step / config.steps))
+        )
         for group in optimiser.param_groups:
             group["lr"] = rate
         optimiser.zero_grad(set_to_none=True)
@@ -109,7 +122,9 @@ def train(config: TrainingConfig) -> Path:
         if (step + 1) % 50 == 0:
             seconds = (time.monotonic() - started) / (step + 1 - first)
             left = seconds * (config.steps - step - 1) / 60
-            log.info("step %d/%d  loss %.4f  %.2f s/step  %.0f min left", step + 1, config.steps, running, seconds, left)
+            log.info(
+                "step %d/%d  loss %.4f  %.2f s/step  %.0f min left", step + 1, config.steps, running, seconds, left
+            )
         if (step + 1) % config.checkpoint_every == 0:
             _save_checkpoint(folder, config, step + 1, prior, average, optimiser)
         if (step + 1) % (4 * config.checkpoint_every) == 0:
@@ -131,9 +146,11 @@ A denoiser `D(x, sigma) = E[x_0 | x]` for complex MR images, used as prior by `m
 - Anatomy: {network.anatomy}
 - Training data: {network.training_data}
 - Licence of the training data: {network.licence}
-- Network: U-Net on {network.patch}x{network.patch}-unshuffled pixels, widths {list(network.channels)}, {network.layers} block(s) per
+- Network: U-Net on {network.patch}x{network.patch}-unshuffled pixels, widths {list(network.channels)},
+{network.layers} block(s) per
   resolution, {n_parameters / 1e6:.2f} M parameters; EDM preconditioning, sigma_data {network.sigma_data}
-- Noise levels: {network.sigma_min} to {network.sigma_max} per real channel, images scaled to a 99th percentile of about 1
+- Noise levels: {network.sigma_min} to {network.sigma_max} per real channel, images scaled to a 99th percentile of
+about 1
 - Voxel size: {network.voxel_size_mm[0]} to {network.voxel_size_mm[1]} mm
 - Training: {config.steps} steps of {config.batch} images of {config.crop[0]}x{config.crop[1]}, seed {config.seed}
 
@@ -147,7 +164,8 @@ Root mean square per real channel, and as a fraction of the noise level.
 
 ## Limits
 
-Research only, never for diagnosis. It knows the anatomy and contrast above and nothing else: pathology, other contrasts,
+Research only, never for diagnosis. It knows the anatomy and contrast above and nothing else: pathology, other
+contrasts,
 other body parts and finer voxels are outside of what it has seen, and uncertainty maps made with it do not
 include that.
 """

@@ -27,9 +27,13 @@ SCALE_JITTER = 0.2  # log
 
 
 class TrainingData(Protocol):
-    """`batch(key, n, crop)` draws `n` clean images that depend on `key` alone; `held_out` does so from other subjects."""
+    """`batch(key, n, crop)` draws `n` clean images that depend on `key` alone; `held_out` does so from other
+    subjects.
+    """
 
-    def batch(self, key: tuple, n: int, crop: tuple[int, int], *, held_out: bool = False) -> Complex[torch.Tensor, "n H W"]: ...
+    def batch(
+        self, key: tuple, n: int, crop: tuple[int, int], *, held_out: bool = False
+    ) -> Complex[torch.Tensor, "n H W"]: ...
 
 
 class MagnitudeSlices:
@@ -48,14 +52,18 @@ class MagnitudeSlices:
         import h5py
 
         if path is None or not Path(path).is_file():
-            raise UserError(f"training images {path}: no such file: give --input FILE (HDF5 with images, subject_index, split)")
+            raise UserError(
+                f"training images {path}: no such file: give --input FILE (HDF5 with images, subject_index, split)"
+            )
         try:
             with h5py.File(path) as file:
                 images = torch.from_numpy(np.asarray(file["images"]))
                 subject = np.asarray(file["subject_index"])
                 split = np.asarray(file["split"]).astype(str)
         except (OSError, KeyError) as error:
-            raise UserError(f"{path}: not a training set ({error}): it needs images, subject_index and split") from error
+            raise UserError(
+                f"{path}: not a training set ({error}): it needs images, subject_index and split"
+            ) from error
         self._integer = not images.is_floating_point()
         # Slices with next to no head have no 99th percentile worth dividing by.
         signal = (images > 0.1 * images.max()).float().mean(dim=(1, 2)).numpy()
@@ -115,7 +123,9 @@ def _place(images, crop, generator, *, geometry: bool):
     mirror = torch.rand(n, generator=generator) < 0.5
     images = torch.where(mirror[:, None, None], images.flip(-1), images)
     pad_rows, pad_columns = max(crop[0] - height, 0), max(crop[1] - width, 0)
-    images = functional.pad(images, (pad_columns // 2, pad_columns - pad_columns // 2, pad_rows // 2, pad_rows - pad_rows // 2))
+    images = functional.pad(
+        images, (pad_columns // 2, pad_columns - pad_columns // 2, pad_rows // 2, pad_rows - pad_rows // 2)
+    )
     top, left = (images.shape[-2] - crop[0]) // 2, (images.shape[-1] - crop[1]) // 2
     images = images[:, top : top + crop[0], left : left + crop[1]]
     if not geometry:

@@ -20,7 +20,8 @@ def white(generator: torch.Generator, *shape: int, dtype=torch.complex128) -> to
 
 def coil_maps(n_coils: int, shape: tuple[int, int], dtype=torch.complex128) -> torch.Tensor:
     """Smooth maps around the object with smooth phase, ``sum |maps|^2 = 1``."""
-    rows, columns = torch.meshgrid(torch.linspace(-1, 1, shape[0]), torch.linspace(-1, 1, shape[1]), indexing="ij")
+    axes = (torch.linspace(-1, 1, n, dtype=torch.float64) for n in shape)
+    rows, columns = torch.meshgrid(*axes, indexing="ij")
     maps = []
     for coil in range(n_coils):
         angle = 2 * math.pi * coil / n_coils

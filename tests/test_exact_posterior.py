@@ -49,7 +49,9 @@ def assert_gaussian(problem: GaussianProblem, images: torch.Tensor, sigma_min: f
     assert float((by_direction - 1).abs().max()) < 6 / math.sqrt(n) + slack, "worst direction"
 
 
-@pytest.mark.parametrize(("shape", "n_coils", "every", "eta"), [((8, 8), 1, 2, 0.05), ((9, 12), 2, 3, 0.02), ((24, 24), 3, 3, 0.03)])
+@pytest.mark.parametrize(
+    ("shape", "n_coils", "every", "eta"), [((8, 8), 1, 2, 0.05), ((9, 12), 2, 3, 0.02), ((24, 24), 3, 3, 0.03)]
+)
 def test_default_sampler_has_the_closed_form_mean_and_covariance(shape, n_coils, every, eta):
     problem = gaussian_problem(shape, n_coils, every, 4, eta)
     sampler = AnnealedLangevin()
@@ -58,7 +60,9 @@ def test_default_sampler_has_the_closed_form_mean_and_covariance(shape, n_coils,
     assert result.n_evaluations <= 50
 
 
-@pytest.mark.parametrize("settings", [{"algorithm": 1, "levels": 12}, {"coupled_noise": False}, {"h": 1.2}, {"eta_start": 8.0, "levels": 8}])
+@pytest.mark.parametrize(
+    "settings", [{"algorithm": 1, "levels": 12}, {"coupled_noise": False}, {"h": 1.2}, {"eta_start": 8.0, "levels": 8}]
+)
 def test_every_variant_of_the_fast_kernel_is_exact(settings):
     problem = gaussian_problem((12, 12), 2, 3, 4, 0.03)
     sampler = AnnealedLangevin(sigma_min=0.02, **settings)
@@ -75,7 +79,9 @@ def test_algorithm_2_samples_the_posterior_with_its_gaussian_term(term_std, gene
 
 
 def test_algorithm_3_as_published_keeps_the_warm_starts_pull():
-    """With the term kept, the law given ``x_0`` is ``N(m + C (x_0 - m)/s^2, C + C^2/s^2)``, C the covariance with the term."""
+    """With the term kept, the law given ``x_0`` is ``N(m + C (x_0 - m)/s^2, C + C^2/s^2)``, C the covariance with
+    the term.
+    """
     problem = gaussian_problem((10, 10), 2, 3, 4, 0.03)
     std, sigma_min = 0.15, 0.02
     x_0 = torch.zeros(10, 10, dtype=torch.complex128)
@@ -92,11 +98,19 @@ def test_algorithm_3_as_published_keeps_the_warm_starts_pull():
 def test_plain_langevin_of_the_paper_reaches_the_same_posterior():
     """Euler, no preconditioner: a well-conditioned problem and many small steps, since that is what it needs.
 
-    Euler's stationary variance is ``2/(2 - h lambda)`` too large in a direction of preconditioned curvature ``lambda <= 1``: 5 % at h = 0.1.
+    Euler's stationary variance is ``2/(2 - h lambda)`` too large in a direction of preconditioned curvature ``lambda
+    <= 1``: 5 % at h = 0.1.
     """
     problem = gaussian_problem((6, 6), 1, 2, 2, 0.5)
     sampler = AnnealedLangevin(
-        algorithm=1, sigma_min=0.5, kernel="ula", precondition="none", h=0.1, levels=4, steps_per_level=50, final_steps=300
+        algorithm=1,
+        sigma_min=0.5,
+        kernel="ula",
+        precondition="none",
+        h=0.1,
+        levels=4,
+        steps_per_level=50,
+        final_steps=300,
     )
     assert_gaussian(problem, sample(sampler, problem.posterior, 300, seed=5).images, 0.5, slack=0.06)
 
@@ -104,7 +118,9 @@ def test_plain_langevin_of_the_paper_reaches_the_same_posterior():
 def test_euler_kernel_inflates_variance_as_theory_says():
     """The known bias ``2/(2 - h)``, and so a proof that this suite can see a wrong variance."""
     problem = gaussian_problem((10, 10), 2, 3, 4, 0.03)
-    images = sample(AnnealedLangevin(algorithm=1, kernel="ula", h=0.5, levels=12, final_steps=30), problem.posterior, 400, seed=6).images
+    images = sample(
+        AnnealedLangevin(algorithm=1, kernel="ula", h=0.5, levels=12, final_steps=30), problem.posterior, 400, seed=6
+    ).images
     unit = whitened(images, *problem.exact(0.02))
     # The preconditioner's spectrum is an estimate, so the curvature lambda varies around 1: 10 % of the excess of 1/3.
     assert float(unit.abs().square().mean()) / 2 == pytest.approx(2 / (2 - 0.5), abs=0.04)
@@ -118,7 +134,9 @@ def test_dense_and_spectral_gaussian_priors_give_the_same_samples():
     from tests.problems import dense
 
     matrix = dense(lambda x: torch.fft.ifft2(problem.spectrum * torch.fft.fft2(x)), (8, 8))
-    other = Posterior(GaussianPrior(covariance=matrix), *(getattr(problem.posterior, f) for f in ("operator", "kspace", "noise_std")))
+    other = Posterior(
+        GaussianPrior(covariance=matrix), *(getattr(problem.posterior, f) for f in ("operator", "kspace", "noise_std"))
+    )
     a, b = (sample(AnnealedLangevin(), p, 4, seed=7).images for p in (problem.posterior, other))
     assert torch.allclose(a, b, atol=1e-6)
 
@@ -143,7 +161,8 @@ def test_reverse_diffusion_samples_the_prior():
 
 
 def test_mixture_posterior_along_the_line_between_its_modes():
-    """Two overlapping modes that the measurement tells apart only in part: mean and variance of the exact mixture posterior.
+    """Two overlapping modes that the measurement tells apart only in part: mean and variance of the exact mixture
+    posterior.
 
     Overlapping, because Langevin dynamics does not carry mass between separated modes (see the README's limits).
     """
@@ -154,7 +173,8 @@ def test_mixture_posterior_along_the_line_between_its_modes():
     prior = GaussianMixturePrior(weights, means, torch.full((1, 1, 1), variance, dtype=torch.float64))
     kspace = operator.forward(means[0])
     total = variance + sigma_min**2
-    # Each component is conjugate: evidence N(y; A m_k, total A A^H + eta^2), posterior mean and covariance as for a Gaussian prior.
+    # Each component is conjugate: evidence N(y; A m_k, total A A^H + eta^2), posterior mean and covariance as for a
+    # Gaussian prior.
     matrix = dense_forward(operator)
     noise = total * matrix @ matrix.mH + eta**2 * torch.eye(len(matrix))
     offsets = kspace.flatten() - means.flatten(1) @ matrix.T
@@ -170,13 +190,21 @@ def test_mixture_posterior_along_the_line_between_its_modes():
 
     n = 1500
     sampler = AnnealedLangevin(
-        algorithm=1, sigma_min=sigma_min, precondition="scalar", h=0.3, diffusion_steps=60, levels=8, steps_per_level=20, final_steps=60
+        algorithm=1,
+        sigma_min=sigma_min,
+        precondition="scalar",
+        h=0.3,
+        diffusion_steps=60,
+        levels=8,
+        steps_per_level=20,
+        final_steps=60,
     )
     images = sample(sampler, Posterior(prior, operator, kspace, eta), n, seed=10).images
     along = (images.flatten(1) @ direction).real
     assert spread > 1.3 * inner, "the modes must matter for this test"
     assert float(along.mean()) == pytest.approx(mean, abs=5 * math.sqrt(spread / n))
-    # Variance of n draws of a law no heavier-tailed than a normal: relative standard deviation sqrt(2/n); 2 % for h = 0.3.
+    # Variance of n draws of a law no heavier-tailed than a normal: relative standard deviation sqrt(2/n); 2 % for h
+    # = 0.3.
     assert float(along.var()) == pytest.approx(spread, rel=5 * math.sqrt(2 / n) + 0.02)
 
 
@@ -187,12 +215,21 @@ def dense_forward(operator: SenseOperator) -> torch.Tensor:
 
 
 def test_ring_prior_posterior_by_quadrature():
-    """Figure 1's ring with one pixel, by the paper's plain kernel's faster cousin, against the density on a fine grid."""
+    """Figure 1's ring with one pixel, by the paper's plain kernel's faster cousin, against the density on a fine
+    grid.
+    """
     width, eta, sigma_min, y = 0.1, 0.6, 0.2, 0.8
     operator = SenseOperator(torch.ones(1, 1, 1, dtype=torch.complex128), torch.ones(1, 1, dtype=torch.bool))
     posterior = Posterior(RingPrior(1.0, width), operator, torch.full((1, 1, 1), y, dtype=torch.complex128), eta)
     sampler = AnnealedLangevin(
-        algorithm=1, sigma_min=sigma_min, precondition="none", h=0.4, diffusion_steps=60, levels=6, steps_per_level=30, final_steps=150
+        algorithm=1,
+        sigma_min=sigma_min,
+        precondition="none",
+        h=0.4,
+        diffusion_steps=60,
+        levels=6,
+        steps_per_level=30,
+        final_steps=150,
     )
     n = 2000
     x = sample(sampler, posterior, n, seed=11).images.flatten()

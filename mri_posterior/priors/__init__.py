@@ -24,7 +24,9 @@ SHIPPED = Path(__file__).parent / "shipped"
 class Prior(Protocol):
     """A denoiser; `sigma` is per real channel, a number or one per image."""
 
-    def __call__(self, x: Complex[torch.Tensor, "n H W"], sigma: float | torch.Tensor) -> Complex[torch.Tensor, "n H W"]: ...
+    def __call__(
+        self, x: Complex[torch.Tensor, "n H W"], sigma: float | torch.Tensor
+    ) -> Complex[torch.Tensor, "n H W"]: ...
 
 
 def prior_folder(name_or_path: str | Path) -> Path:

@@ -39,7 +39,9 @@ class GaussianPrior:
         if covariance is not None:
             self._eigenvalues, self._basis = torch.linalg.eigh(covariance)
 
-    def __call__(self, x: Complex[torch.Tensor, "n H W"], sigma: float | torch.Tensor) -> Complex[torch.Tensor, "n H W"]:
+    def __call__(
+        self, x: Complex[torch.Tensor, "n H W"], sigma: float | torch.Tensor
+    ) -> Complex[torch.Tensor, "n H W"]:
         """``mean + K (K + sigma^2)^-1 (x - mean)``."""
         variance = _level(sigma, x) ** 2
         centred = x - self.mean
@@ -61,12 +63,14 @@ class GaussianMixturePrior:
     variances: ``[k, H, W]`` or broadcastable to it, per real channel.
     """
 
-    def __init__(self, weights: Float[torch.Tensor, "k"], means: Complex[torch.Tensor, "k H W"], variances: torch.Tensor):
+    def __init__(self, weights: Float[torch.Tensor, k], means: Complex[torch.Tensor, "k H W"], variances: torch.Tensor):
         self.weights = weights
         self.means = means
         self.variances = variances.expand(means.shape)
 
-    def __call__(self, x: Complex[torch.Tensor, "n H W"], sigma: float | torch.Tensor) -> Complex[torch.Tensor, "n H W"]:
+    def __call__(
+        self, x: Complex[torch.Tensor, "n H W"], sigma: float | torch.Tensor
+    ) -> Complex[torch.Tensor, "n H W"]:
         """Component means weighted by their responsibilities for `x`."""
         smoothed = self.variances + _level(sigma, x)[:, None] ** 2
         offset = x[:, None] - self.means
@@ -86,7 +90,9 @@ class RingPrior:
         self.radius = radius
         self.width = width
 
-    def __call__(self, x: Complex[torch.Tensor, "n H W"], sigma: float | torch.Tensor) -> Complex[torch.Tensor, "n H W"]:
+    def __call__(
+        self, x: Complex[torch.Tensor, "n H W"], sigma: float | torch.Tensor
+    ) -> Complex[torch.Tensor, "n H W"]:
         """The angle given `x` is von Mises of concentration ``radius |x| / (width^2 + sigma^2)``."""
         total = self.width**2 + _level(sigma, x) ** 2
         concentration = self.radius * x.abs() / total

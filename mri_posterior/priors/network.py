@@ -76,7 +76,7 @@ class NetworkPrior(torch.nn.Module):
             add_attention=False,
         ).to(memory_format=torch.channels_last)
 
-    def forward(self, x: Complex[torch.Tensor, "n H W"], sigma: float | Float[torch.Tensor, "n"]):
+    def forward(self, x: Complex[torch.Tensor, "n H W"], sigma: float | Float[torch.Tensor, n]):
         """The posterior mean of the clean image given ``x = x_0 + sigma * noise``; complex64 ``[n, H, W]``.
 
         `sigma` is per real channel, one number or one per image.
@@ -88,7 +88,7 @@ class NetworkPrior(torch.nn.Module):
         x = x.to(torch.complex64)
         return c_skip * x + c_out * self.raw(x / total.sqrt(), sigma)
 
-    def raw(self, scaled: Complex[torch.Tensor, "n H W"], sigma: Float[torch.Tensor, "n"]):
+    def raw(self, scaled: Complex[torch.Tensor, "n H W"], sigma: Float[torch.Tensor, n]):
         """The network proper, on unit-variance input: EDM's ``F``; what training fits."""
         height, width = scaled.shape[-2:]
         below, right = -height % self.config.multiple, -width % self.config.multiple
@@ -138,12 +138,16 @@ class NetworkPrior(torch.nn.Module):
             settings = json.loads((folder / "config.json").read_text())
             config = NetworkConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
         except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder / 'config.json'}: not a prior's configuration ({error}): restore or retrain it") from error
+            raise UserError(
+                f"{folder / 'config.json'}: not a prior's configuration ({error}): restore or retrain it"
+            ) from error
         prior = cls(config)
         try:
             weights = load_file(folder / "model.safetensors")
             prior.load_state_dict({k: v.float() for k, v in weights.items()})
         except (SafetensorError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"{folder / 'model.safetensors'}: does not fit its config.json ({reason}): restore or retrain it") from error
+            raise UserError(
+                f"{folder / 'model.safetensors'}: does not fit its config.json ({reason}): restore or retrain it"
+            ) from error
         return prior.eval().requires_grad_(False)

@@ -1,6 +1,7 @@
 """Samplers of a `Posterior`, and the one loop that runs them.
 
-To add one: a frozen dataclass with `plan`, `start` and `step` (see `step.Sampler`) in a file of its own, and a line in `SAMPLERS`.
+To add one: a frozen dataclass with `plan`, `start` and `step` (see `step.Sampler`) in a file of its own, and a line
+in `SAMPLERS`.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def sample(
     Parameters
     ----------
     n_samples: chains, run as one batch; each ends in one sample.
-    seed, key: sample `i` depends on ``(seed, *key, first + i)`` alone, whatever the batch; `key` names volume and slice.
+    seed, key: sample `i` depends on ``(seed, *key, first + i)`` alone, whatever the batch; `key` names volume and
+        slice.
     warm_start: a cheap reconstruction for samplers that use one.
     progress: called after each step with the steps done and their total.
 

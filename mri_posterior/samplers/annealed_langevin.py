@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -30,9 +31,11 @@ class AnnealedLangevin:
         reverse diffusion from level ``std`` of that term. 3 makes ``x~ = x_0 + sigma_ws n`` itself from a warm start
         ``x_0`` (CG-SENSE unless one is given), then goes on as 2.
     guided: Algorithm 3 only (ours). The way down from `sigma_ws` follows ``p_sigma(x) * likelihood`` by Langevin
-        steps at every diffusion level, so that chains arrive where the data want them, and ``x~`` is a starting point and
+        steps at every diffusion level, so that chains arrive where the data want them, and ``x~`` is a starting
+        point and
         nothing more. Without it (the paper) the way down samples ``p(x | x~)``, and ``x~`` stays in the target as a
-        Gaussian term, which pulls the result towards ``x_0`` by the share ``V / (V + sigma_ws^2)`` of posterior variance V.
+        Gaussian term, which pulls the result towards ``x_0`` by the share ``V / (V + sigma_ws^2)`` of posterior
+        variance V.
     sigma_min: smoothing of the prior in the target, per real channel.
     sigma_ws: noise put on the warm start: large against its error, small against the image.
     sigma_max: where Algorithm 1's reverse diffusion starts.
@@ -111,10 +114,9 @@ class AnnealedLangevin:
             state = self._enter(streams, state, step)
         drift = state.posterior.score(state.x, step.sigma, state.back_projections[step.level], step.eta)
         fresh = state.preconditioner.noise(streams)
-        if self.kernel == "ula":
-            kick = math.sqrt(2 * self.h) * fresh
-        else:
-            kick = math.sqrt(self.h / 2) * (state.noise + fresh)
+        # Either way the kick has covariance 2h M^-1; Leimkuhler-Matthews uses every draw in two successive steps.
+        summed = 2 * fresh if self.kernel == "ula" else state.noise + fresh
+        kick = math.sqrt(self.h / 2) * summed
         x = state.x + state.preconditioner.apply(self.h * drift + kick)
         return replace(state, x=x, noise=fresh)
 
@@ -128,11 +130,13 @@ class AnnealedLangevin:
         return self.sigma_max if self.algorithm == 1 else self.sigma_ws
 
     def _measurement_path(self, posterior: Posterior, streams: NoiseStreams) -> Complex[torch.Tensor, "levels n H W"]:
-        """``A^H y_i`` along one coupled path per chain: ``y_N = y``, ``y_i = y_(i+1) + sqrt(eta_i^2 - eta_(i+1)^2) n``."""
+        """``A^H y_i`` along one coupled path per chain: ``y_N = y``, ``y_i = y_(i+1) + sqrt(eta_i^2 - eta_(i+1)^2)
+        n``.
+        """
         operator = posterior.operator
         etas = sorted({step.eta for step in self.plan(posterior) if step.phase == "langevin"})
         path = [operator.adjoint(posterior.kspace).expand(len(streams), *operator.shape)]
-        for quieter, louder in zip(etas, etas[1:], strict=False):
+        for quieter, louder in pairwise(etas):
             noise = 0.0
             if self.coupled_noise:
                 noise = math.sqrt(louder**2 - quieter**2) * operator.adjoint(streams.complex(*operator.maps.shape))

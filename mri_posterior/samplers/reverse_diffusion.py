@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -20,7 +21,7 @@ Image = Complex[torch.Tensor, "n H W"]
 
 def diffusion_steps(sigma_max: float, sigma_min: float, steps: int) -> list[Step]:
     levels = diffusion_levels(sigma_max, sigma_min, steps)
-    return [Step("diffusion", i, sigma=a, next_sigma=b) for i, (a, b) in enumerate(zip(levels, levels[1:], strict=False))]
+    return [Step("diffusion", i, sigma=a, next_sigma=b) for i, (a, b) in enumerate(pairwise(levels))]
 
 
 def diffusion_step(prior: Prior, streams: NoiseStreams, state: State, step: Step) -> State:
@@ -43,7 +44,8 @@ def diffusion_step(prior: Prior, streams: NoiseStreams, state: State, step: Step
 
 @dataclass(frozen=True)
 class ReverseDiffusion:
-    """Samples of the prior alone, ``p_sigma_min``: it ignores the measurement. Algorithm 1's start, and a look at a prior.
+    """Samples of the prior alone, ``p_sigma_min``: it ignores the measurement. Algorithm 1's start, and a look at a
+    prior.
 
     Attributes
     ----------

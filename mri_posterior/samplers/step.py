@@ -37,7 +37,8 @@ class State:
     denoised, log_ratio: previous evaluation and step of the multistep diffusion solver.
     back_projections: ``A^H y_i`` of every level, ``[levels, n, H, W]``: the only thing a level needs of ``y_i``.
     spectrum: local power spectrum of the prior, for the preconditioner.
-    entered, preconditioner, noise: of the Langevin level under way, whose steps are all alike; `noise` is ``b_n``, which the next step uses again.
+    entered, preconditioner, noise: of the Langevin level under way, whose steps are all alike; `noise` is ``b_n``,
+        which the next step uses again.
     """
 
     posterior: Posterior
