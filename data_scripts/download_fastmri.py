@@ -108,11 +108,11 @@ def read_checksums(path: Path, archives: list[Archive]) -> dict[str, str]:
 
 
 def tries(archive: Archive, wait: Wait, progress: Callable[[], int] = lambda: 0) -> Iterator[None]:
-    """Attempt after attempt, waiting twice as long after each that brought nothing, until they are too many."""
-    failures, before = 0, progress()
+    """Attempt after attempt, waiting twice as long after each that brought nothing new, until they are too many."""
+    failures, best = 0, progress()
     while True:
         yield
-        failures, before = (0 if progress() > before else failures + 1), progress()
+        failures, best = (0 if progress() > best else failures + 1), max(progress(), best)
         if failures == ATTEMPTS:
             raise DownloadError(f"{archive.public_url}: the connection keeps failing: run the same command again later")
         wait(2.0**failures)

@@ -11,7 +11,7 @@ from mri_posterior import cli
 from mri_posterior.baselines import BASELINES
 from mri_posterior.config import ReconstructionConfig, load_config
 from mri_posterior.evaluation import evaluate_folder, format_table
-from mri_posterior.pipeline import input_volumes
+from mri_posterior.preparation import input_volumes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from mri_posterior.config import ReconstructionConfig, parse_config
 from mri_posterior.errors import UserError
 from mri_posterior.files import atomic_path
 from mri_posterior.metrics import image_metrics, interval_coverage
-from mri_posterior.pipeline import PreparedSlice, input_volumes, plan_volume, prepare
+from mri_posterior.preparation import PreparedSlice, input_volumes, plan_volume, prepare
 from mri_posterior.priors import load_prior
 from mri_posterior.progress import progress_view
 from mri_posterior.volumes import VolumeReconstruction, read_reconstruction

@@ -1,4 +1,4 @@
-"""The whole way of the data: a k-space volume in, posterior samples and their summary out."""
+"""The main job: a prepared volume in; posterior samples, their summary, metrics and pictures out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,145 +15,23 @@ from jaxtyping import Complex, Float
 from mri_posterior import __version__
 from mri_posterior.baselines import BASELINES
 from mri_posterior.config import ReconstructionConfig, dump_config
-from mri_posterior.embedded import sample_volume
-from mri_posterior.errors import UserError
+from mri_posterior.device import pick_device
 from mri_posterior.files import atomic_path, require_free_space, require_writable
-from mri_posterior.masks import make_mask
-from mri_posterior.measurement import centre_crop, prepare_slice, resample
 from mri_posterior.metrics import credible_interval, image_metrics
 from mri_posterior.operator import SenseOperator
 from mri_posterior.panels import PanelImages, panel_title, write_panel
 from mri_posterior.posterior import Posterior
-from mri_posterior.priors import NetworkPrior, prior_folder
+from mri_posterior.preparation import Plan, PreparedSlice, prepare
+from mri_posterior.priors import prior_folder
 from mri_posterior.progress import progress_view
 from mri_posterior.samplers import sample
 from mri_posterior.slices import MultiCoilSlice
 from mri_posterior.volumes import (
-    Volume,
     VolumeReconstruction,
-    list_volumes,
-    open_volume,
-    read_kspace,
-    read_target,
     write_reconstruction,
 )
 
 log = logging.getLogger("mri_posterior")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One volume, checked and ready to go: which slices, on which grid."""
-
-    volume: Volume
-    slices: range
-    rows: int
-    grid: tuple[int, int] | None
-
-
-def input_volumes(config: ReconstructionConfig) -> list[Path]:
-    """The files that a configuration names, or the embedded simulated volume.
-
-    Raises
-    ------
-    UserError: no input and no sample named, or no volume found.
-    """
-    if config.input is not None:
-        return list_volumes(config.input)
-    if config.sample is None:
-        raise UserError("no data: give --input FILE_OR_DIR, or set sample to knee or brain for the simulated volume")
-    return [sample_volume(config.sample)]
-
-
-def plan_volume(config: ReconstructionConfig, path: Path, prior: NetworkPrior) -> Plan:
-    """Open a volume and settle slices and resolution before anything is computed.
-
-    Raises
-    ------
-    UserError: an unreadable volume, slices that do not exist, unknown voxel size, or voxels larger than the prior
-    knows.
-    """
-    volume = open_volume(path)
-    first, last = config.slices or (0, volume.n_slices)
-    if not 0 <= first < last <= volume.n_slices:
-        raise UserError(f"{path}: has slices 0 to {volume.n_slices - 1}: set slices to [first, last + 1] within that")
-    rows = volume.recon_shape[0] if volume.readout_oversampled else volume.shape[0]
-    return Plan(volume, range(first, last), rows, prior_grid(config, volume, (rows, volume.shape[1]), prior))
-
-
-def prior_grid(
-    config: ReconstructionConfig, volume: Volume, shape: tuple[int, int], prior: NetworkPrior
-) -> tuple[int, int] | None:
-    """The part of k-space that the prior can speak about: None for all, fewer rows and columns for finer data.
-
-    A prior knows anatomy at the voxel sizes it was trained on. Finer data are cropped to its k-space centre;
-    coarser data are refused.
-    """
-    voxel = volume.voxel_size_mm
-    if voxel is None:
-        if config.prior.assumed_voxel_size_mm is None:
-            raise UserError(f"{volume.path}: the header gives no field of view: set prior.assumed_voxel_size_mm")
-        voxel = (config.prior.assumed_voxel_size_mm,) * 2
-        log.info("%s: no field of view in the header, assuming %g mm voxels", volume.name, voxel[0])
-    finest, coarsest = prior.config.voxel_size_mm
-    if max(voxel) > 1.02 * coarsest:
-        raise UserError(
-            f"{volume.path}: {voxel[0]:.2g} x {voxel[1]:.2g} mm voxels, but prior {config.prior.name} knows "
-            f"{finest:g} to {coarsest:g} mm: set prior.name to a prior of that resolution"
-        )
-    if min(voxel) >= 0.98 * finest:
-        return None
-    nominal = (finest * coarsest) ** 0.5
-    grid = tuple(min(n, 2 * round(n * v / nominal / 2)) for n, v in zip(shape, voxel, strict=True))
-    log.info("%s: reconstructing the centre %dx%d of %dx%d k-space, %.2g mm", volume.name, *grid, *shape, nominal)
-    return grid
-
-
-@dataclass(frozen=True)
-class PreparedSlice:
-    """A slice ready for inference and what is needed to return its images to the file.
-
-    Attributes
-    ----------
-    slice_: the measurement, in normalised units.
-    everything: coil-combined image of the whole k-space of the file (`prepare_slice`); for evaluation only.
-    target: the file's reference image, if any.
-    """
-
-    volume: Volume
-    index: int
-    slice_: MultiCoilSlice
-    everything: Complex[np.ndarray, "h w"]
-    target: Float[np.ndarray, "H W"] | None
-    rows: int
-
-    def to_file(self, images: Complex[np.ndarray, "*batch h w"]) -> Complex[np.ndarray, "*batch H W"]:
-        """Images in the file's units, on the file's grid, cropped as fastMRI crops."""
-        weighted = images * self.slice_.weight.numpy() * np.float32(self.slice_.scale)
-        return centre_crop(resample(weighted, (self.rows, self.volume.shape[1])), self.volume.recon_shape)
-
-    @property
-    def combined(self) -> Float[np.ndarray, "H W"] | None:
-        """Magnitude of the fully sampled coil-combined image, where the scan was fully sampled."""
-        return None if self.volume.mask is not None else np.abs(self.to_file(self.everything))
-
-
-def prepare(config: ReconstructionConfig, plan: Plan, index: int) -> PreparedSlice:
-    """Read one slice, undersample it as configured and build its measurement model.
-
-    Raises
-    ------
-    UserError: naming file and slice.
-    """
-    volume = plan.volume
-    kspace = read_kspace(volume, index)
-    mask = volume.mask if volume.mask is not None else make_mask(config.mask, volume.shape, volume.path.name)
-    try:
-        slice_, everything = prepare_slice(kspace, mask, plan.rows, plan.grid, config.coils, config.noise)
-    except UserError as error:
-        raise UserError(f"{volume.path}, slice {index}: {error}") from error
-    rows = plan.rows if plan.grid else slice_.mask.shape[0]
-    return PreparedSlice(volume, index, slice_, everything, read_target(volume, index), rows)
 
 
 def reconstruct_slice(
@@ -294,21 +171,6 @@ def check_output(config: ReconstructionConfig, plans: list[Plan]) -> None:
     pixels = sum(len(plan.slices) * plan.volume.recon_shape[0] * plan.volume.recon_shape[1] for plan in plans)
     require_writable(folder)
     require_free_space(folder, 4 * images * pixels)
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto`` prefers CUDA, then MPS.
-
-    Raises
-    ------
-    UserError: a device that this machine does not have.
-    """
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
-    if not available[name]:
-        raise UserError(f"device {name}: not available on this machine: use --device auto or cpu")
-    return torch.device(name)
 
 
 def prior_digest(name: str) -> str:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 from mri_posterior import cli
 from mri_posterior.config import ReconstructionConfig, dump_config, load_config
-from mri_posterior.pipeline import check_output, input_volumes, pick_device, plan_volume, prepare, reconstruct_volume
+from mri_posterior.device import pick_device
+from mri_posterior.pipeline import check_output, reconstruct_volume
+from mri_posterior.preparation import input_volumes, plan_volume, prepare
 from mri_posterior.priors import load_prior
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from mri_posterior.config import TrainingConfig
+from mri_posterior.device import pick_device
 from mri_posterior.errors import UserError
 from mri_posterior.files import atomic_path
 from mri_posterior.noise import stable_seed
@@ -83,9 +84,7 @@ def train(config: TrainingConfig) -> Path:
     """
     folder = Path(config.output)
     data = open_training_data(config)
-    device = torch.device(
-        "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
-    )
+    device = pick_device(config.device)
     torch.manual_seed(stable_seed(config.seed, "initial weights"))
     prior, average = NetworkPrior(config.network).to(device), NetworkPrior(config.network).to(device)
     average.load_state_dict(prior.state_dict())

@@ -123,17 +123,22 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def server(monkeypatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+@pytest.fixture(scope="module")
+def http() -> Iterator[ThreadingHTTPServer]:
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.state = Server(http.server_port)
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
-    yield http.state
+    yield http
     http.shutdown()
     thread.join(5)
     http.server_close()
+
+
+@pytest.fixture
+def server(http, monkeypatch) -> Server:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    http.state = Server(http.server_port)
+    return http.state
 
 
 @pytest.fixture
@@ -146,14 +151,17 @@ def run(server, tmp_path, capfd):
         )
         (tmp_path / "mail.txt").write_text(mail)
         arguments = ["--links", str(tmp_path / "mail.txt"), "--output", str(tmp_path / "data")]
-        code = script.main([*arguments, *(["--yes"] if yes else []), *options], wait=waits.append)
+        code = script.main([*arguments, *(["--yes"] if yes else []), *options], wait=wait)
         printed = "".join(capfd.readouterr())
         for secret in (SECRET, "AKIASECRET", "s3cr3t", "Traceback"):
             assert secret not in printed
         return code, printed
 
-    waits: list[float] = []
-    run.waits = waits
+    def wait(seconds: float) -> None:
+        run.waits.append(seconds)
+        run.on_wait()
+
+    run.waits, run.on_wait = [], lambda: None
     run.data = tmp_path / "data"
     return run
 
@@ -304,6 +312,28 @@ def test_another_version_of_the_file_is_not_glued_on(run, server):
     server.files[NAME], server.etag, server.drop_after = KNEE[::-1], '"v2"', []
     assert run("--no-unpack")[0] == 0
     assert (run.data / NAME).read_bytes() == KNEE[::-1]
+
+
+def test_a_file_that_changes_meanwhile_is_not_glued_together(run, server):
+    server.drop_after = [1000]
+    run.on_wait = lambda: (server.files.update({NAME: KNEE[::-1]}), setattr(server, "etag", '"v2"'))
+    assert run("--no-unpack")[0] == 0
+    assert (run.data / NAME).read_bytes() == KNEE[::-1]
+
+
+def test_a_server_that_starts_over_for_ever_is_given_up(run, server):
+    server.ranges = False
+    server.drop_after = [1000, 500] * 50
+    assert run()[0] == 1
+    assert len(run.waits) < 10
+
+
+def test_a_server_that_never_stops_cannot_fill_the_disk(server, tmp_path):
+    server.files[NAME] = bytes(5 * 2**20)
+    with script.requests.Session() as session:
+        (tmp_path / "part").touch()
+        script.fetch(session, script.Archive(NAME, server.link(), size=10), tmp_path / "part")
+    assert (tmp_path / "part").stat().st_size < 2 * 2**20
 
 
 def test_a_complete_part_is_not_fetched_again(run, server):
@@ -505,6 +535,14 @@ def test_damaged_or_encrypted_zip(run, server):
         assert code == 1
         assert "cannot be unpacked" in printed
     assert names(run.data) == ["bad.zip", "encrypted.zip"]
+
+
+def test_dangerous_permissions_are_dropped(tmp_path):
+    info = tarfile.TarInfo("a.h5")
+    info.mode = 0o6777
+    (tmp_path / "a.tar").write_bytes(tar_bytes({"a.h5": info}, "w:"))
+    script.unpack(tmp_path / "a.tar", tmp_path / "a")
+    assert stat.S_IMODE((tmp_path / "a/a.h5").stat().st_mode) & 0o7022 == 0
 
 
 def test_a_single_folder_is_not_nested_but_many_are_kept(tmp_path):

@@ -1,0 +1,33 @@
+# Set-up, tests and the main job, each one command on a fresh machine with Python 3.11 or newer. A second run is quick.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test lint notebooks clean
+
+demo: $(INSTALLED)  ## reconstruct the embedded simulated knee: panels, .h5 and metrics in outputs/knee4x
+	$(BIN)/python -m mri_posterior.reconstruct --config knee4x.yaml
+
+test: $(INSTALLED)  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)  ## style, and which module may import which
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+notebooks: $(INSTALLED)  ## execute every notebook
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 -p no:cacheprovider -W default notebooks
+
+# fastmri's metadata asks for torchvision, whose wheel does not fit a CPU build of torch and then breaks every library
+# that looks for it. fastmri itself never needs it here, so it is installed without what it declares.
+$(INSTALLED): pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[samples,test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps fastmri==0.3.0
+	$(BIN)/python -m compileall -q mri_posterior
+	touch $(INSTALLED)
+
+clean:  ## remove the environment and what the demo wrote
+	rm -rf .venv outputs
