@@ -51,7 +51,7 @@ class NoiseStreams:
     def __len__(self) -> int:
         return len(self._generators)
 
-    def complex(self, *shape: int) -> Complex[torch.Tensor, n * shape]:
+    def complex(self, *shape: int) -> Complex[torch.Tensor, "n ..."]:
         """Complex white noise of level 1 per real channel, ``[n, *shape]``."""
         real = torch.float64 if self.dtype == torch.complex128 else torch.float32
         draws = [torch.randn(*shape, 2, generator=g, dtype=real) for g in self._generators]

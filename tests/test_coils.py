@@ -37,6 +37,13 @@ def test_espirit_finds_the_maps_up_to_phase(mask):
     assert overlap.min() > 0.999
 
 
+def test_only_the_calibration_region_is_used():
+    """Nearby lines that the mask happens to sample, and the gaps between them, change nothing."""
+    truth = coil_maps(4, (48, 48))
+    full = calibrate(truth, torch.ones(48, 48, dtype=torch.bool), (48, 16))
+    np.testing.assert_array_equal(calibrate(truth, line_mask((48, 48), every=4, centre=16), (48, 16)), full)
+
+
 def test_crop_blanks_the_air():
     """Eigenvalues fall below the crop only outside the object."""
     full = torch.ones(48, 48, dtype=torch.bool)

@@ -409,6 +409,16 @@ def test_a_full_disk_is_found_before_the_download(run, server, monkeypatch):
     assert run("--no-unpack")[0] == 0
 
 
+def test_only_what_is_still_missing_needs_space(run, server, monkeypatch):
+    server.drop_after = [1000] + [0] * 20
+    assert run("--no-unpack")[0] == 1
+    server.drop_after = []
+    for free, code in ((len(KNEE) - 1001, 2), (len(KNEE) - 1000, 0)):
+        usage = shutil._ntuple_diskusage(10**9, 0, free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        assert run("--no-unpack")[0] == code
+
+
 def test_output_that_is_a_file(run):
     run.data.write_text("mine")
     code, printed = run()
