@@ -8,17 +8,27 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from jaxtyping import Complex
+from jaxtyping import Complex, Float
 
 from mri_posterior.noise import NoiseStreams
 from mri_posterior.posterior import GaussianTerm, Posterior
-from mri_posterior.samplers.preconditioner import ScalarPreconditioner, SolvedPreconditioner, probe_spectrum
+from mri_posterior.samplers.preconditioner import (
+    ScalarPreconditioner,
+    SolvedPreconditioner,
+    largest_curvature,
+    probe_spectrum,
+)
 from mri_posterior.samplers.reverse_diffusion import diffusion_step, diffusion_steps
 from mri_posterior.samplers.schedules import annealing_levels, diffusion_levels
 from mri_posterior.samplers.step import State, Step
 from mri_posterior.solvers import conjugate_gradient
 
 Image = Complex[torch.Tensor, "n H W"]
+
+STABLE = 1.6
+"""Largest product of step and curvature that is trusted; at 2 the steps diverge, and power iteration approaches from
+below.
+"""
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,10 @@ class AnnealedLangevin:
         spectrum averaged over the image is too bold for its flat parts while sigma is large.
     h: step size in units of the preconditioner, below 2 for stability.
     coupled_noise: anneal on noised measurements ``y_i`` of one coupled path (the paper) rather than on ``y`` itself.
-    spectrum_probes: two evaluations each, for ``spectral``.
+    spectrum_probes, stability_probes: for ``spectral``: how often the spectrum is measured (two evaluations each),
+        and power
+        iterations (one each, and one more) that check whether steps with it are stable. Where they are not, it is
+        capped near the worst case.
     cg_tolerance, cg_iterations: of the preconditioner's solves.
     """
 
@@ -70,9 +83,10 @@ class AnnealedLangevin:
     final_steps: int = 10
     kernel: Literal["lm", "ula"] = "lm"
     precondition: Literal["spectral", "scalar", "none"] = "spectral"
-    h: float = 0.8
+    h: float = 1.0
     coupled_noise: bool = True
-    spectrum_probes: int = 2
+    spectrum_probes: int = 1
+    stability_probes: int = 5
     cg_tolerance: float = 1e-3
     cg_iterations: int = 40
 
@@ -145,24 +159,40 @@ class AnnealedLangevin:
 
     def _enter(self, streams: NoiseStreams, state: State, step: Step) -> State:
         """Set up the preconditioner of a new level; the first of the annealing also learns the prior's spectrum."""
-        posterior, spectrum = state.posterior, state.spectrum
+        spectrum = state.spectrum
         if self.precondition == "spectral" and step.phase == "langevin" and spectrum is None:
-            spectrum = probe_spectrum(posterior.prior, state.x, step.sigma, streams, self.spectrum_probes)
-        if self.precondition == "none":
-            curvature = 1 / step.sigma**2 + 1 / step.eta**2 + posterior.term_precision
-            preconditioner = ScalarPreconditioner(posterior.operator, curvature)
-        else:
-            variance = step.sigma**2 + (torch.zeros_like(state.x.real[:1]) if spectrum is None else spectrum)
-            preconditioner = SolvedPreconditioner(
-                posterior.operator,
-                step.eta,
-                1 / variance + posterior.term_precision,
-                posterior.operator.circulant(),
-                self.cg_tolerance,
-                self.cg_iterations,
-            )
+            spectrum = self._learn_spectrum(streams, state, step)
+        preconditioner = self._preconditioner(state, step, spectrum)
         noise = preconditioner.noise(streams)
         return replace(state, spectrum=spectrum, entered=step, preconditioner=preconditioner, noise=noise)
+
+    def _preconditioner(
+        self, state: State, step: Step, spectrum: Float[torch.Tensor, "n H W"] | None
+    ) -> SolvedPreconditioner | ScalarPreconditioner:
+        posterior = state.posterior
+        if self.precondition == "none":
+            curvature = 1 / step.sigma**2 + 1 / step.eta**2 + posterior.term_precision
+            return ScalarPreconditioner(posterior.operator, curvature)
+        variance = step.sigma**2 + (torch.zeros_like(state.x.real[:1]) if spectrum is None else spectrum)
+        return SolvedPreconditioner(
+            posterior.operator,
+            step.eta,
+            1 / variance + posterior.term_precision,
+            posterior.operator.circulant(),
+            self.cg_tolerance,
+            self.cg_iterations,
+        )
+
+    def _learn_spectrum(self, streams: NoiseStreams, state: State, step: Step) -> Float[torch.Tensor, "n H W"]:
+        """The prior's local spectrum where steps with it are stable, chain by chain; elsewhere one capped to be stable.
+
+        The prior is nowhere stiffer than ``1/sigma^2``, so a spectrum below ``sigma^2 / 2`` keeps curvatures below 1.5.
+        """
+        prior = state.posterior.prior
+        spectrum = probe_spectrum(prior, state.x, step.sigma, streams, self.spectrum_probes)
+        bold = self._preconditioner(state, step, spectrum)
+        curvature = largest_curvature(state.posterior, bold, state.x, step.sigma, streams, self.stability_probes)
+        return torch.where(curvature * self.h < STABLE, spectrum, spectrum.clamp(max=step.sigma**2 / 2))
 
 
 def cg_sense(posterior: Posterior, regularisation: float = 1e-2, iterations: int = 30) -> Image:

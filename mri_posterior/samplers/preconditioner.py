@@ -15,6 +15,7 @@ from jaxtyping import Complex, Float
 
 from mri_posterior.noise import NoiseStreams
 from mri_posterior.operator import SenseOperator
+from mri_posterior.posterior import Posterior
 from mri_posterior.priors import Prior
 from mri_posterior.solvers import conjugate_gradient
 
@@ -85,6 +86,38 @@ def probe_spectrum(
         power_sum = power_sum + _smooth(probe.abs().square())
     removed = (gain_sum / power_sum).clamp(1e-7, 1 - 1e-7)
     return sigma**2 * (1 - removed) / removed
+
+
+def largest_curvature(
+    posterior: Posterior,
+    preconditioner: SolvedPreconditioner,
+    x: Image,
+    sigma: float,
+    streams: NoiseStreams,
+    steps: int,
+) -> Float[torch.Tensor, "n 1 1"]:
+    """The largest curvature of the target around `x` in units of the preconditioner, per chain; 1 where `M` is exact.
+
+    Langevin steps are stable for ``h`` below 2 over this number. ``M`` built from a spectrum is an average over the
+    image,
+    and too bold where the prior is stiffer than its average (flat regions). Power iteration on ``M H``, with
+    ``H v`` from differences of the denoiser over a distance of `sigma` (1 + `steps` evaluations).
+    """
+    denoised = posterior.prior(x, sigma)
+    v = preconditioner.apply(preconditioner.noise(streams))
+    growth = torch.ones_like(x.real[:, :1, :1])
+    for _ in range(steps):
+        v = v * (sigma / v.abs().square().mean(dim=(-2, -1), keepdim=True).sqrt())
+        prior_part = (v - (posterior.prior(x + v, sigma) - denoised)) / sigma**2
+        data_part = posterior.operator.normal(v) / preconditioner.eta**2 + posterior.term_precision * v
+        image = preconditioner.apply(prior_part + data_part)
+        growth = _norm(image) / _norm(v)
+        v = image
+    return growth
+
+
+def _norm(x: Image) -> Float[torch.Tensor, "n 1 1"]:
+    return x.abs().square().sum(dim=(-2, -1), keepdim=True).sqrt()
 
 
 def _filter(gain: Float[torch.Tensor, "n H W"], x: Image) -> Image:
