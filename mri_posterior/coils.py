@@ -39,6 +39,10 @@ class CoilConfig:
     threshold: float = 0.02
     crop: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not 2 <= self.kernel_width <= self.calib_width:
+            raise UserError(f"coils.kernel_width {self.kernel_width}: it must lie between 2 and coils.calib_width")
+
 
 def estimate_maps(
     kspace: Complex[np.ndarray, "coils H W"], calibration: tuple[int, int], config: CoilConfig

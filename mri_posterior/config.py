@@ -38,6 +38,10 @@ class PriorConfig:
     name: str
     assumed_voxel_size_mm: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.assumed_voxel_size_mm is not None and not self.assumed_voxel_size_mm > 0:
+            raise UserError(f"prior.assumed_voxel_size_mm {self.assumed_voxel_size_mm}: it must be positive")
+
 
 @dataclass(frozen=True)
 class ReconstructionConfig:
@@ -74,6 +78,10 @@ class ReconstructionConfig:
     level: Annotated[float, Field(gt=0, lt=1)] = 0.9
     keep_samples: bool = True
     device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        if getattr(self.sampler, "algorithm", None) == 2:
+            raise UserError("sampler.algorithm 2 needs a noised image of your own, from Python: set 3, or 1")
 
 
 @dataclass(frozen=True)
@@ -168,7 +176,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise UserError(f"--set {text}: write it as key=value, for example --set sampler.sigma_min=0.02")
     try:
         return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: what looks like a date but is none
         raise UserError(f"--set {text}: the value is not valid YAML: quote it") from None
 
 

@@ -25,6 +25,10 @@ class NoiseConfig:
 
     std: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.std is not None and not (math.isfinite(self.std) and self.std > 0):
+            raise UserError(f"noise.std {self.std}: it must be a positive number, or null to estimate it from the scan")
+
 
 def prepare_slice(
     kspace: Complex[np.ndarray, "coils H W"],
@@ -60,19 +64,23 @@ def prepare_slice(
     if not mask.any():
         raise UserError("no k-space point is sampled: check the mask")
     measured = np.where(mask, kspace, 0)
+    if not is_cartesian_1d(mask):
+        # The readout was not sampled whole, so its oversampling cannot be undone: the grid covers the longer field
+        # of view.
+        grid = grid and (round(grid[0] * mask.shape[0] / readout_rows), grid[1])
+        readout_rows = mask.shape[0]
+    measured, mask = _crop_readout(measured, readout_rows), mask[:readout_rows]
     covariance = 2 * noise.std**2 * np.eye(len(kspace)) if noise.std is not None else noise_covariance(measured, mask)
     whitening = whitening_matrix(covariance)
-    if not is_cartesian_1d(mask):
-        readout_rows = mask.shape[0]  # the readout was not sampled whole, so its oversampling cannot be undone
 
-    def to_grid(raw: Complex[np.ndarray, "coils H W"]) -> Complex[np.ndarray, "coils h w"]:
-        cropped = _crop_readout(np.einsum("dc,chw->dhw", whitening, raw), readout_rows)
-        return (amplitude * centre_crop(cropped, shape)).astype(np.complex64)
+    def to_grid(cropped: Complex[np.ndarray, "coils rows W"]) -> Complex[np.ndarray, "coils h w"]:
+        whitened = np.einsum("dc,chw->dhw", whitening, cropped)
+        return (amplitude * centre_crop(whitened, shape)).astype(np.complex64)
 
     shape = grid or (readout_rows, mask.shape[1])
     # An orthonormal FFT of fewer points has larger values for the same image.
     amplitude = math.sqrt(shape[0] * shape[1] / (readout_rows * mask.shape[1]))
-    mask = centre_crop(mask[:readout_rows], shape)
+    mask = centre_crop(mask, shape)
     measured = to_grid(measured)
 
     calibration = acs_region(mask)
@@ -94,14 +102,20 @@ def prepare_slice(
         scale=scale * gain,
         weight=torch.from_numpy((phase * coil_sum / gain).astype(np.complex64)),
     )
-    everything = (maps.conj() * ifft2c(to_grid(kspace))).sum(axis=0) / np.float32(scale)
+    everything = (maps.conj() * ifft2c(to_grid(_crop_readout(kspace, readout_rows)))).sum(axis=0) / np.float32(scale)
     return slice_, everything
 
 
 def centre_crop(array: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """The central `shape` of the last two axes; the k-space (or image) centre, index ``n // 2``, stays the centre."""
+    """The central `shape` of the last two axes of k-space; its centre, index ``n // 2``, stays the centre."""
     top, left = (array.shape[-2] // 2 - shape[0] // 2, array.shape[-1] // 2 - shape[1] // 2)
     return array[..., top : top + shape[0], left : left + shape[1]]
+
+
+def image_crop(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The central `shape` of an image as fastMRI crops it, which differs from `centre_crop` where one size is odd."""
+    top, left = ((image.shape[-2] - shape[0]) // 2, (image.shape[-1] - shape[1]) // 2)
+    return image[..., top : top + shape[0], left : left + shape[1]]
 
 
 def resample(image: Complex[np.ndarray, "*batch h w"], shape: tuple[int, int]) -> Complex[np.ndarray, "*batch H W"]:
@@ -129,7 +143,7 @@ def _crop_readout(kspace: Complex[np.ndarray, "coils H W"], rows: int) -> Comple
     if rows == kspace.shape[-2]:
         return kspace
     image = np.fft.fftshift(np.fft.ifft(np.fft.ifftshift(kspace, axes=-2), axis=-2, norm="ortho"), axes=-2)
-    image = centre_crop(image, (rows, kspace.shape[-1]))
+    image = image_crop(image, (rows, kspace.shape[-1]))
     return np.fft.fftshift(np.fft.fft(np.fft.ifftshift(image, axes=-2), axis=-2, norm="ortho"), axes=-2)
 
 

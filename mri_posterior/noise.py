@@ -109,9 +109,10 @@ def whitening_matrix(covariance: Complex[np.ndarray, "coils coils"]) -> Complex[
     ------
     UserError: the covariance is singular, as with a dead or duplicated coil.
     """
-    try:
-        return np.linalg.inv(np.linalg.cholesky(covariance))
-    except np.linalg.LinAlgError:
+    eigenvalues = np.linalg.eigvalsh(covariance)
+    # Rounding leaves a duplicated coil an eigenvalue near 1e-16 of the largest, of either sign.
+    if not eigenvalues[0] > 1e-12 * eigenvalues[-1]:
         raise UserError(
             "the coil noise covariance is singular (a dead or duplicated coil?): drop that coil from the file"
-        ) from None
+        )
+    return np.linalg.inv(np.linalg.cholesky(covariance))

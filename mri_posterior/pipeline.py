@@ -16,6 +16,7 @@ from mri_posterior import __version__
 from mri_posterior.baselines import BASELINES
 from mri_posterior.config import ReconstructionConfig, dump_config
 from mri_posterior.device import pick_device
+from mri_posterior.errors import UserError
 from mri_posterior.files import atomic_path, require_free_space, require_writable
 from mri_posterior.metrics import credible_interval, image_metrics
 from mri_posterior.operator import SenseOperator
@@ -167,6 +168,9 @@ def check_output(config: ReconstructionConfig, plans: list[Plan]) -> None:
     UserError: naming the folder.
     """
     folder = Path(config.output)
+    for plan in plans:
+        if (folder / f"{plan.volume.name}.h5").resolve() == plan.volume.path.resolve():
+            raise UserError(f"{plan.volume.path}: the result would replace its own input: choose another --output")
     images = 4 + 2 * config.samples * config.keep_samples  # float32 maps, and complex64 samples
     pixels = sum(len(plan.slices) * plan.volume.recon_shape[0] * plan.volume.recon_shape[1] for plan in plans)
     require_writable(folder)

@@ -13,12 +13,15 @@ from mri_posterior.config import ReconstructionConfig
 from mri_posterior.embedded import sample_volume
 from mri_posterior.errors import UserError
 from mri_posterior.masks import make_mask
-from mri_posterior.measurement import centre_crop, prepare_slice, resample
+from mri_posterior.measurement import image_crop, prepare_slice, resample
 from mri_posterior.priors import NetworkPrior
 from mri_posterior.slices import MultiCoilSlice
 from mri_posterior.volumes import Volume, list_volumes, open_volume, read_kspace, read_target
 
 log = logging.getLogger("mri_posterior")
+
+FINEST_VOXEL_MM = 0.1
+"""Smaller ones are a slip of units: in vivo MRI does not reach them."""
 
 
 @dataclass(frozen=True)
@@ -74,17 +77,26 @@ def prior_grid(
         if config.prior.assumed_voxel_size_mm is None:
             raise UserError(f"{volume.path}: the header gives no field of view: set prior.assumed_voxel_size_mm")
         voxel = (config.prior.assumed_voxel_size_mm,) * 2
-        log.info("%s: no field of view in the header, assuming %g mm voxels", volume.name, voxel[0])
     finest, coarsest = prior.config.voxel_size_mm
     if max(voxel) > 1.02 * coarsest:
         raise UserError(
             f"{volume.path}: {voxel[0]:.2g} x {voxel[1]:.2g} mm voxels, but prior {config.prior.name} knows "
             f"{finest:g} to {coarsest:g} mm: set prior.name to a prior of that resolution"
         )
+    if min(voxel) < FINEST_VOXEL_MM:
+        raise UserError(
+            f"{volume.path}: {min(voxel):g} mm voxels cannot be: correct the header or assumed_voxel_size_mm"
+        )
+    if volume.voxel_size_mm is None:
+        log.info("%s: no field of view in the header, assuming %g mm voxels", volume.name, voxel[0])
     if min(voxel) >= 0.98 * finest:
         return None
     nominal = (finest * coarsest) ** 0.5
     grid = tuple(min(n, 2 * round(n * v / nominal / 2)) for n, v in zip(shape, voxel, strict=True))
+    if min(grid) < 16:
+        raise UserError(
+            f"{volume.path}: {min(voxel):g} mm voxels leave {grid[0]} x {grid[1]} pixels: check voxel_size_mm"
+        )
     log.info("%s: reconstructing the centre %dx%d of %dx%d k-space, %.2g mm", volume.name, *grid, *shape, nominal)
     return grid
 
@@ -110,12 +122,28 @@ class PreparedSlice:
     def to_file(self, images: Complex[np.ndarray, "*batch h w"]) -> Complex[np.ndarray, "*batch H W"]:
         """Images in the file's units, on the file's grid, cropped as fastMRI crops."""
         weighted = images * self.slice_.weight.numpy() * np.float32(self.slice_.scale)
-        return centre_crop(resample(weighted, (self.rows, self.volume.shape[1])), self.volume.recon_shape)
+        return image_crop(resample(weighted, (self.rows, self.volume.shape[1])), self.volume.recon_shape)
 
     @property
     def combined(self) -> Float[np.ndarray, "H W"] | None:
         """Magnitude of the fully sampled coil-combined image, where the scan was fully sampled."""
         return None if self.volume.mask is not None else np.abs(self.to_file(self.everything))
+
+
+def check_slices(plan: Plan) -> None:
+    """Read every slice once, so that a bad one is found before hours are spent on the others.
+
+    Raises
+    ------
+    UserError: damaged, not finite or empty k-space, or a reference that is not finite or zero throughout.
+    """
+    targets = []
+    for index in plan.slices:
+        read_kspace(plan.volume, index)
+        target = read_target(plan.volume, index)
+        targets.append(target is None or bool(target.any()))
+    if not any(targets):
+        raise UserError(f"{plan.volume.path}: {plan.volume.target} is zero throughout: delete it or restore it")
 
 
 def prepare(config: ReconstructionConfig, plan: Plan, index: int) -> PreparedSlice:
@@ -132,5 +160,7 @@ def prepare(config: ReconstructionConfig, plan: Plan, index: int) -> PreparedSli
         slice_, everything = prepare_slice(kspace, mask, plan.rows, plan.grid, config.coils, config.noise)
     except UserError as error:
         raise UserError(f"{volume.path}, slice {index}: {error}") from error
-    rows = plan.rows if plan.grid else slice_.mask.shape[0]
+    rows = slice_.mask.shape[0]
+    if plan.grid is not None:
+        rows = round(plan.rows * rows / plan.grid[0])
     return PreparedSlice(volume, index, slice_, everything, read_target(volume, index), rows)

@@ -9,7 +9,7 @@ from mri_posterior import cli
 from mri_posterior.config import ReconstructionConfig, dump_config, load_config
 from mri_posterior.device import pick_device
 from mri_posterior.pipeline import check_output, reconstruct_volume
-from mri_posterior.preparation import input_volumes, plan_volume, prepare
+from mri_posterior.preparation import check_slices, input_volumes, plan_volume, prepare
 from mri_posterior.priors import load_prior
 
 
@@ -20,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prior = load_prior(config.prior.name).to(pick_device(config.device))
     plans = [plan_volume(config, path, prior) for path in input_volumes(config)]
     for plan in plans:
+        check_slices(plan)
         prepare(config, plan, plan.slices[0])
     if options.dry_run:
         print(dump_config(config), end="")

@@ -617,10 +617,6 @@ def test_a_bad_volume_stops_the_others_before_any_work(place, command):
     assert refused(place, command, "--input", folder).startswith(str(folder / "b.h5"))
 
 
-ONLY_THE_FIRST = pytest.mark.xfail(strict=True, reason="only the first slice is checked before the sampling starts")
-
-
-@ONLY_THE_FIRST
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -635,19 +631,16 @@ def test_a_bad_later_slice(place, command, spoil):
     assert refused(place, command).startswith(str(place.volume))
 
 
-@pytest.mark.xfail(strict=True, reason="the input is overwritten by its own reconstruction")
 def test_results_never_replace_the_input(place, command):
     assert str(place.volume) in refused(place, command, "--output", place.folder)
 
 
-@pytest.mark.xfail(strict=True, reason="the network is built outside of the checks", raises=(ValueError, TypeError))
 @pytest.mark.parametrize("changes", [{"channels": [12, 12]}, {"channels": 5}, {"voxel_size_mm": None}])
 def test_a_prior_that_cannot_be_built(place, command, changes):
     folder = copied_prior(place, **changes)
     assert str(folder) in refused(place, command, "--set", f"prior.name={folder}")
 
 
-@pytest.mark.xfail(strict=True, reason="these values are not checked")
 @pytest.mark.parametrize(
     "setting",
     [
@@ -667,7 +660,6 @@ def test_a_value_out_of_range(place, command, setting):
     assert setting.partition("=")[0] in refused(place, command, "--set", setting, "--set", "slices=[0, 1]")
 
 
-@pytest.mark.xfail(strict=True, reason="an assumed voxel size is not checked")
 @pytest.mark.parametrize("size", [0, -1, 0.05])
 def test_an_assumed_voxel_size_that_cannot_be(place, command, size):
     write_volume(place.volume, ismrmrd_header=REMOVE)

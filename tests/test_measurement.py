@@ -181,7 +181,6 @@ def test_two_repetitions_of_a_real_scan_confirm_the_estimated_level(shared_data,
         assert noise_in_file(prepared(kspace)).max() == pytest.approx(truth, rel=REAL_TOLERANCE)
 
 
-@pytest.mark.xfail(strict=True, reason="the level is estimated before the readout is cropped: 0.9 of what is left")
 @pytest.mark.parametrize("coil", [0, 1])
 def test_the_level_is_that_of_the_field_of_view_that_is_kept(shared_data, coil):
     """The receiver's filter makes the outer, discarded half of the oversampled readout quieter than the inner one."""
@@ -202,9 +201,7 @@ def test_the_level_is_that_of_the_field_of_view_that_is_kept(shared_data, coil):
         ((64, 40), 64, (64, 40)),
         ((63, 41), 31, (31, 31)),
         ((63, 41), 32, (32, 30)),
-        pytest.param(
-            (64, 40), 31, (31, 31), marks=pytest.mark.xfail(strict=True, reason="odd crops are one pixel off fastMRI's")
-        ),
+        ((64, 40), 31, (31, 31)),
     ],
 )
 def test_the_image_is_fastmris_crop(shape, rows, recon):
@@ -353,7 +350,6 @@ def test_without_whole_readouts_the_oversampling_stays():
     np.testing.assert_array_equal(result.slice_.mask, points)
 
 
-@pytest.mark.xfail(strict=True, reason="a 2-D mask keeps twice the field of view, which the prior's grid forgets")
 def test_a_coarser_grid_without_whole_readouts_shows_the_same_image(tmp_path):
     image = np.abs(smooth_object((32, 32)))
     with h5py.File(tmp_path / "a.h5", "w") as file:

@@ -177,7 +177,6 @@ def test_a_singular_covariance_names_its_cause(spoil):
         whitening_matrix(psi)
 
 
-@pytest.mark.xfail(strict=True, reason="up to rounding a duplicated coil is not singular, and Cholesky may succeed")
 def test_a_duplicated_coil_is_found_in_spite_of_rounding():
     for seed in range(20):
         kspace = coil_noise(covariance(), (64, 32), seed)[[0, 1, 2, 2]].astype(np.complex64)

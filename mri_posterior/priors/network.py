@@ -44,6 +44,10 @@ class NetworkConfig:
     licence: str = ""
     notes: tuple[str, ...] = field(default=())
 
+    def __post_init__(self) -> None:
+        if not 0 < self.voxel_size_mm[0] <= self.voxel_size_mm[1]:
+            raise ValueError(f"voxel_size_mm {self.voxel_size_mm} is not (finest, coarsest)")
+
     @property
     def multiple(self) -> int:
         """Image sides are padded to a multiple of this, so that every resolution has whole pixels."""
@@ -136,12 +140,11 @@ class NetworkPrior(torch.nn.Module):
                 raise UserError(f"{folder}: not a prior directory ({name} is missing): give a folder written by train")
         try:
             settings = json.loads((folder / "config.json").read_text())
-            config = NetworkConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+            prior = cls(NetworkConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}))
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{folder / 'config.json'}: not a prior's configuration ({error}): restore or retrain it"
             ) from error
-        prior = cls(config)
         try:
             weights = load_file(folder / "model.safetensors")
             prior.load_state_dict({k: v.float() for k, v in weights.items()})

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from jaxtyping import Complex, Float
 
+from mri_posterior.errors import UserError
 from mri_posterior.noise import NoiseStreams
 from mri_posterior.posterior import GaussianTerm, Posterior
 from mri_posterior.samplers.preconditioner import (
@@ -89,6 +90,16 @@ class AnnealedLangevin:
     stability_probes: int = 5
     cg_tolerance: float = 1e-3
     cg_iterations: int = 40
+
+    def __post_init__(self) -> None:
+        if not 0 < self.h < 2:
+            raise UserError(f"sampler.h {self.h}: it must lie between 0 and 2, where the steps are stable")
+        for key in ("sigma_min", "sigma_ws", "sigma_max", "eta_start"):
+            if not getattr(self, key) > 0:
+                raise UserError(f"sampler.{key} {getattr(self, key)}: it must be positive")
+        for key in ("diffusion_steps", "guided_steps", "levels", "steps_per_level", "spectrum_probes"):
+            if getattr(self, key) < 1:
+                raise UserError(f"sampler.{key} {getattr(self, key)}: it must be at least 1")
 
     def plan(self, posterior: Posterior) -> list[Step]:
         """The way down to `sigma_min`, then every level's Langevin steps."""
