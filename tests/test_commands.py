@@ -271,6 +271,20 @@ def test_a_slice_on_its_own_gives_the_same_samples(done, place, command):
     assert set(contents(place.output)) == {"scan.h5", "scan_metrics.json", "scan_slice001.png"}
 
 
+def test_equal_data_get_noise_of_their_own(place, command):
+    """The same slice twice, and in two volumes with one mask: four chains that share nothing."""
+    twice = simulated()["kspace"][[0, 0]]
+    folder = place.folder / "data"
+    folder.mkdir()
+    for name in ("a", "b"):
+        write_volume(folder / f"{name}.h5", kspace=twice)
+    assert command(reconstruct.main, "--config", place.config, "--input", folder, "--set", "mask.seed=0").code == 0
+    drawn = np.concatenate([samples(place.output, name) for name in ("a", "b")]).reshape(8, -1)
+    for i in range(8):
+        for other in drawn[:i]:
+            assert np.abs(drawn[i] - other).max() > 1e-3 * INTENSITY
+
+
 def test_another_seed_gives_other_samples(done, place, command):
     assert command(reconstruct.main, "--config", place.config, "--seed", 1, "--set", "slices=[0, 1]").code == 0
     assert not np.allclose(samples(place.output)[0], samples(done.output)[0], atol=1e-3 * INTENSITY)
