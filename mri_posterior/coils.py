@@ -42,6 +42,9 @@ class CoilConfig:
     def __post_init__(self) -> None:
         if not 2 <= self.kernel_width <= self.calib_width:
             raise UserError(f"coils.kernel_width {self.kernel_width}: it must lie between 2 and coils.calib_width")
+        for key in ("threshold", "crop"):
+            if not 0 <= getattr(self, key) < 1:
+                raise UserError(f"coils.{key} {getattr(self, key)}: it must lie in [0, 1)")
 
 
 def estimate_maps(

@@ -145,7 +145,7 @@ def load_config(cls: type[Config], name_or_path: str, overrides: dict[str, Any] 
     path = config_path(name_or_path)
     try:
         tree = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none, not UTF-8
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())}): correct it") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a configuration is a mapping of keys to values, this is a {type(tree).__name__}")

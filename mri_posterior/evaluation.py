@@ -54,6 +54,8 @@ def evaluate_folder(config: ReconstructionConfig, baselines: tuple[str, ...] = t
 def evaluate_volume(path: Path, result_path: Path, baselines: tuple[str, ...]) -> dict:
     """``{reference: {"metrics": {method: {...}}, "coverage": {level: {...}}}}`` of one volume."""
     result = read_reconstruction(result_path)
+    if "config" not in result.attrs:
+        raise UserError(f"{result_path}: does not say how it was made: reconstruct {path.name} again")
     tree = yaml.safe_load(result.attrs["config"])
     made_with = parse_config(ReconstructionConfig, tree, f"{result_path} (attribute config)")
     plan = plan_volume(made_with, path, load_prior(made_with.prior.name))

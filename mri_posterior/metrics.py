@@ -46,12 +46,13 @@ def image_metrics(
 ) -> dict[str, float]:
     """``NMSE``, ``PSNR`` (dB) and ``SSIM`` of one volume's magnitude, as ``fastmri.evaluate`` computes them.
 
-    That program first crops both to a square as wide as the target: see `square_crop`.
+    Like that program, it first crops both to a square as wide as the target: see `square_crop`.
 
     Raises
     ------
     UserError: shapes differ, a value is not finite, the target is empty or smaller than SSIM's 7 x 7 window.
     """
+    target, reconstruction = map(square_crop, _checked(target, reconstruction))
     return {
         "NMSE": nmse(target, reconstruction),
         "PSNR": psnr(target, reconstruction),

@@ -171,10 +171,10 @@ def check_output(config: ReconstructionConfig, plans: list[Plan]) -> None:
     for plan in plans:
         if (folder / f"{plan.volume.name}.h5").resolve() == plan.volume.path.resolve():
             raise UserError(f"{plan.volume.path}: the result would replace its own input: choose another --output")
-    images = 4 + 2 * config.samples * config.keep_samples  # float32 maps, and complex64 samples
+    images = 6 + 2 * config.samples * config.keep_samples  # in float32: four maps, complex mean, complex samples
     pixels = sum(len(plan.slices) * plan.volume.recon_shape[0] * plan.volume.recon_shape[1] for plan in plans)
     require_writable(folder)
-    require_free_space(folder, 4 * images * pixels)
+    require_free_space(folder, 4 * images * pixels + 2**20 * len(plans))
 
 
 def prior_digest(name: str) -> str:

@@ -160,7 +160,6 @@ def prepare(config: ReconstructionConfig, plan: Plan, index: int) -> PreparedSli
         slice_, everything = prepare_slice(kspace, mask, plan.rows, plan.grid, config.coils, config.noise)
     except UserError as error:
         raise UserError(f"{volume.path}, slice {index}: {error}") from error
-    rows = slice_.mask.shape[0]
-    if plan.grid is not None:
-        rows = round(plan.rows * rows / plan.grid[0])
+    cropped = slice_.mask.shape[0] == (plan.grid[0] if plan.grid else plan.rows)
+    rows = plan.rows if cropped else volume.shape[0]
     return PreparedSlice(volume, index, slice_, everything, read_target(volume, index), rows)

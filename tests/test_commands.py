@@ -613,9 +613,17 @@ def test_output_below_a_file(place, command):
     assert refused(place, command, "--output", taken / "out").startswith(f"{taken / 'out'}: cannot be written")
 
 
-def test_no_free_disk(place, command, monkeypatch):
-    fake_free_space(monkeypatch, 1000)
-    assert re.match(rf"{place.output}: needs [\d,]+ bytes but 1,000 are free", refused(place, command))
+@pytest.mark.parametrize(
+    "free",
+    [
+        1000,
+        pytest.param(500_000),
+    ],
+)
+def test_no_free_disk(place, command, monkeypatch, free):
+    """Also where the images would fit, but not what the writing of them asks for in the end."""
+    fake_free_space(monkeypatch, free)
+    assert re.match(rf"{place.output}: needs [\d,]+ bytes but {free:,} are free", refused(place, command))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
@@ -623,11 +631,19 @@ def test_a_device_that_is_not_there(place, command):
     assert refused(place, command, "--device", "cuda").startswith("device cuda: not available on this machine")
 
 
-def test_a_bad_volume_stops_the_others_before_any_work(place, command):
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        spoilt("NaN", with_nan),
+        # Nothing is wrong with the file itself: only the preparation of a slice can tell.
+        spoilt("dead coils", lambda kspace: kspace * np.array([1, 0, 0, 0])[:, None, None]),
+    ],
+)
+def test_a_bad_volume_stops_the_others_before_any_work(place, command, spoil):
     folder = place.folder / "data"
     folder.mkdir()
     write_volume(folder / "a.h5")
-    write_volume(folder / "b.h5", kspace=with_nan(simulated()["kspace"].copy()))
+    spoil(folder / "b.h5")
     assert refused(place, command, "--input", folder).startswith(str(folder / "b.h5"))
 
 

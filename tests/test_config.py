@@ -213,6 +213,12 @@ def test_a_file_that_is_not_yaml(tmp_path, content):
     assert refusal(load_config, ReconstructionConfig, str(path)).startswith(f"{path}: not valid YAML (")
 
 
+@pytest.mark.parametrize("text", ["output: 2024-99-99\n", "samples: !!int many\n"])
+def test_a_file_with_a_value_that_yaml_cannot_read(tmp_path, text):
+    path = written(tmp_path, text)
+    assert refusal(load_config, ReconstructionConfig, path).startswith(f"{path}: not valid YAML (")
+
+
 @pytest.mark.parametrize("text", ["- samples\n", "samples\n", "4\n"])
 def test_a_file_that_is_no_mapping(tmp_path, text):
     path = written(tmp_path, text)

@@ -350,20 +350,30 @@ def test_without_whole_readouts_the_oversampling_stays():
     np.testing.assert_array_equal(result.slice_.mask, points)
 
 
-def test_a_coarser_grid_without_whole_readouts_shows_the_same_image(tmp_path):
-    image = np.abs(smooth_object((32, 32)))
+@pytest.mark.parametrize(
+    ("side", "encoded", "grid", "blur"),
+    [
+        (32, 64, 24, 0.05),
+        (96, 140, 60, 0.005),
+    ],
+)
+def test_a_coarser_grid_without_whole_readouts_shows_the_same_image(tmp_path, side, encoded, grid, blur):
+    """`blur` is what the coarser grid costs at the object's edge, the finer the pixels the less."""
+    image = np.abs(smooth_object((side, side)))
+    padding = (encoded - side) // 2
     with h5py.File(tmp_path / "a.h5", "w") as file:
-        file["kspace"] = oversampled(image[None])[None].astype(np.complex64)
+        file["kspace"] = fft2c(np.pad(image, ((padding, padding), (0, 0))))[None, None].astype(np.complex64)
         file["reconstruction_rss"] = image[None].astype(np.float32)
-        file["ismrmrd_header"] = header(encoded=(64, 32), recon=(32, 32), fov=(32, 32), limits=(16, 31))
+        file["ismrmrd_header"] = header((encoded, side), (side, side), (side, side), (side // 2, side - 1))
     volume = open_volume(tmp_path / "a.h5")
     images = []
-    for mask in ({"kind": "none"}, {"kind": "poisson", "acceleration": 1.7, "calib": (12, 12)}):
+    for mask in ({"kind": "none"}, {"kind": "poisson", "acceleration": 2, "calib": (12, 12)}):
         tree = {"prior": {"name": "any"}, "mask": mask, "noise": {"std": 0.01 * UNIT}}
-        result = prepare(parse_config(ReconstructionConfig, tree, "test"), Plan(volume, range(1), 32, (24, 24)), 0)
+        plan = Plan(volume, range(1), side, (grid, grid))
+        result = prepare(parse_config(ReconstructionConfig, tree, "test"), plan, 0)
         images.append(np.abs(result.to_file(result.everything)))
-    np.testing.assert_allclose(images[0], image, atol=0.05 * UNIT)
-    np.testing.assert_allclose(images[1], image, atol=0.05 * UNIT)
+    np.testing.assert_allclose(images[0], image, atol=blur * UNIT)
+    np.testing.assert_allclose(images[1], image, atol=blur * UNIT)
 
 
 # Refusals

@@ -45,8 +45,13 @@ class NetworkConfig:
     notes: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        if not 0 < self.voxel_size_mm[0] <= self.voxel_size_mm[1]:
+        finest, coarsest = self.voxel_size_mm
+        if not 0 < finest <= coarsest:
             raise ValueError(f"voxel_size_mm {self.voxel_size_mm} is not (finest, coarsest)")
+        if not self.channels or any(width < 8 or width % 8 for width in self.channels):
+            raise ValueError(f"channels {self.channels} are not positive multiples of 8")
+        if not (self.sigma_data > 0 and 0 < self.sigma_min < self.sigma_max and self.layers >= 1 and self.patch >= 1):
+            raise ValueError("sigma_data, sigma_min < sigma_max, layers and patch must be positive")
 
     @property
     def multiple(self) -> int:

@@ -97,9 +97,12 @@ class AnnealedLangevin:
         for key in ("sigma_min", "sigma_ws", "sigma_max", "eta_start"):
             if not getattr(self, key) > 0:
                 raise UserError(f"sampler.{key} {getattr(self, key)}: it must be positive")
-        for key in ("diffusion_steps", "guided_steps", "levels", "steps_per_level", "spectrum_probes"):
+        for key in ("diffusion_steps", "guided_steps", "levels", "steps_per_level", "spectrum_probes", "cg_iterations"):
             if getattr(self, key) < 1:
                 raise UserError(f"sampler.{key} {getattr(self, key)}: it must be at least 1")
+
+        if self.final_steps < 0:
+            raise UserError(f"sampler.final_steps {self.final_steps}: it cannot be negative")
 
     def plan(self, posterior: Posterior) -> list[Step]:
         """The way down to `sigma_min`, then every level's Langevin steps."""
