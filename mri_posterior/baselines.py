@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Complex
 
+from mri_posterior.coils import sense_linop
 from mri_posterior.errors import UserError
 from mri_posterior.slices import MultiCoilSlice
 
@@ -34,10 +35,8 @@ def zero_filled(slice_: MultiCoilSlice, strength: float | None = None) -> Comple
     """
     if strength is not None:
         raise UserError("the zero-filled image has no regularisation strength: leave it out")
-    import sigpy.mri as mr
-
     kspace, maps, weights = _arrays(slice_)
-    return (mr.linop.Sense(maps, weights=weights).H * kspace).astype(np.complex64)
+    return (sense_linop(maps, weights).H * kspace).astype(np.complex64)
 
 
 def cg_sense(slice_: MultiCoilSlice, strength: float | None = None) -> Complex[np.ndarray, "H W"]:

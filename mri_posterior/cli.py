@@ -40,9 +40,7 @@ def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(main: Callable[[Sequence[str] | None], int], arguments: Sequence[str] | None = None) -> int:
-    """Run a command: log lines to standard error, one line for a user's mistake (exit code 2), 1 when something
-    failed.
-    """
+    """Run a command with log lines on standard error; a user's mistake becomes one line there and exit code 2."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
     try:

@@ -23,8 +23,8 @@ class CoilConfig:
 
     Attributes
     ----------
-    method: ``espirit`` (Uecker et al. 2014), ``unit`` for one coil (sensitivity 1), ``auto`` picks by the number of
-        coils.
+    method: ``espirit`` (Uecker et al. 2014), ``unit`` for one coil (sensitivity 1); ``auto`` chooses
+        by the number of coils.
     calib_width: largest calibration region used, in k-space points per side.
     kernel_width, threshold: ESPIRiT's kernel and its cut on calibration-matrix singular values.
     crop: blank maps where ESPIRiT's eigenvalue is below this. 0 keeps them everywhere: the data

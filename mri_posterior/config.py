@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_type_hints
 
 import yaml
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 
 from mri_posterior.coils import CoilConfig
 from mri_posterior.errors import UserError
@@ -156,8 +156,6 @@ def load_config(cls: type[Config], name_or_path: str, overrides: dict[str, Any] 
 
 def parse_config(cls: type[Config], tree: dict[str, Any], source: str) -> Config:
     """Validate a nested mapping as `cls`; `source` names it in errors."""
-    from pydantic import TypeAdapter, ValidationError
-
     try:
         return TypeAdapter(cls).validate_python(tree)
     except ValidationError as error:

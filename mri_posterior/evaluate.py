@@ -1,5 +1,5 @@
-"""``python -m mri_posterior.evaluate --config knee4x.yaml``: fastMRI's metrics and interval coverage of a results
-folder.
+"""``python -m mri_posterior.evaluate --config knee4x.yaml``: fastMRI's metrics and interval
+coverage of a results folder.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +14,12 @@ from mri_posterior.config import ReconstructionConfig, parse_config
 from mri_posterior.errors import UserError
 from mri_posterior.files import atomic_path
 from mri_posterior.metrics import image_metrics, interval_coverage
-from mri_posterior.preparation import PreparedSlice, input_volumes, plan_volume, prepare
+from mri_posterior.preparation import PreparedSlice, input_volumes, plan_volume, prepare, stack_references
 from mri_posterior.priors import load_prior
 from mri_posterior.progress import progress_view
 from mri_posterior.volumes import VolumeReconstruction, read_reconstruction
 
-log = logging.getLogger("mri_posterior")
-
 LEVELS = (0.5, 0.8, 0.9, 0.95)
-REFERENCES = ("rss", "coil_combined")
 
 
 def evaluate_folder(config: ReconstructionConfig, baselines: tuple[str, ...] = tuple(BASELINES)) -> dict:
@@ -72,16 +68,13 @@ def evaluate_volume(path: Path, result_path: Path, baselines: tuple[str, ...]) -
             report(done)
     stacks = {name: np.stack(stack).astype(np.float32) for name, stack in images.items()}
 
-    references = {"rss": [p.target for p in prepared], "coil_combined": [p.combined for p in prepared]}
-    scores = {}
-    for name, slices in references.items():
-        if any(image is None for image in slices):
-            continue
-        target = np.stack(slices).astype(np.float32)
-        scores[name] = {
+    scores = {
+        name: {
             "metrics": {method: image_metrics(target, stack) for method, stack in stacks.items()},
             "coverage": _coverage(name, target, result, prepared, plan.grid is not None),
         }
+        for name, target in stack_references([p.references for p in prepared]).items()
+    }
     if not scores:
         raise UserError(f"{path}: has no reference (undersampled by the scanner): there is nothing to evaluate against")
     return scores

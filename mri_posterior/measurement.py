@@ -53,8 +53,7 @@ def prepare_slice(
     Returns
     -------
     The slice, and the coil-combined image of *all* of `kspace` in its units: for a fully sampled scan the reference
-    that
-    the diffusion papers compare with (MVUE), noise included. Nothing else may use it.
+    that the diffusion papers compare with (MVUE), noise included. Nothing else may use it.
 
     Raises
     ------
@@ -65,21 +64,20 @@ def prepare_slice(
         raise UserError("no k-space point is sampled: check the mask")
     measured = np.where(mask, kspace, 0)
     if not is_cartesian_1d(mask):
-        # The readout was not sampled whole, so its oversampling cannot be undone: the grid covers the longer field
-        # of view.
+        # The readout was not sampled whole, so its oversampling stays and the grid covers the longer field of view.
         grid = grid and (round(grid[0] * mask.shape[0] / readout_rows), grid[1])
         readout_rows = mask.shape[0]
     measured, mask = _crop_readout(measured, readout_rows), mask[:readout_rows]
     covariance = 2 * noise.std**2 * np.eye(len(kspace)) if noise.std is not None else noise_covariance(measured, mask)
     whitening = whitening_matrix(covariance)
+    shape = grid or mask.shape
+    # An orthonormal FFT of fewer points has larger values for the same image.
+    amplitude = math.sqrt(shape[0] * shape[1] / mask.size)
 
     def to_grid(cropped: Complex[np.ndarray, "coils rows W"]) -> Complex[np.ndarray, "coils h w"]:
         whitened = np.einsum("dc,chw->dhw", whitening, cropped)
         return (amplitude * centre_crop(whitened, shape)).astype(np.complex64)
 
-    shape = grid or (readout_rows, mask.shape[1])
-    # An orthonormal FFT of fewer points has larger values for the same image.
-    amplitude = math.sqrt(shape[0] * shape[1] / (readout_rows * mask.shape[1]))
     mask = centre_crop(mask, shape)
     measured = to_grid(measured)
 

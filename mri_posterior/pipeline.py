@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Complex
 
 from mri_posterior import __version__
 from mri_posterior.baselines import BASELINES
@@ -22,15 +22,12 @@ from mri_posterior.metrics import credible_interval, image_metrics
 from mri_posterior.operator import SenseOperator
 from mri_posterior.panels import PanelImages, panel_title, write_panel
 from mri_posterior.posterior import Posterior
-from mri_posterior.preparation import Plan, PreparedSlice, prepare
+from mri_posterior.preparation import Plan, PreparedSlice, prepare, stack_references
 from mri_posterior.priors import prior_folder
 from mri_posterior.progress import progress_view
 from mri_posterior.samplers import sample
 from mri_posterior.slices import MultiCoilSlice
-from mri_posterior.volumes import (
-    VolumeReconstruction,
-    write_reconstruction,
-)
+from mri_posterior.volumes import VolumeReconstruction, write_reconstruction
 
 log = logging.getLogger("mri_posterior")
 
@@ -66,7 +63,7 @@ def reconstruct_volume(config: ReconstructionConfig, plan: Plan, prior) -> Path:
     started, network = time.monotonic(), _Timed(prior)
     volume, folder = plan.volume, Path(config.output)
     kept: dict[str, list] = {name: [] for name in ("mean", "std", "lower", "upper", "samples")}
-    references: dict[str, list] = {"rss": [], "coil_combined": []}
+    references = []
     per_slice: dict[str, list] = {"noise_std": [], "scale": []}
     evaluations = 0
     with progress_view(volume.name, len(plan.slices) * 1000) as report:
@@ -82,14 +79,14 @@ def reconstruct_volume(config: ReconstructionConfig, plan: Plan, prior) -> Path:
             summary = summarise(prepared.to_file(images.numpy()), config.level)
             for name, value in summary.items():
                 kept[name].append(value)
-            references["rss"].append(prepared.target)
-            references["coil_combined"].append(prepared.combined)
+            references.append(prepared.references)
             per_slice["noise_std"].append(prepared.slice_.noise_std)
             per_slice["scale"].append(prepared.slice_.scale)
             write_slice_panel(config, prepared, summary)
 
     reconstruction = np.abs(np.stack(kept["mean"])).astype(np.float32)
-    metrics = volume_metrics(reconstruction, references)
+    # Against each reference there is; the two are never mixed.
+    metrics = {name: image_metrics(target, reconstruction) for name, target in stack_references(references).items()}
     with atomic_path(folder / f"{volume.name}_metrics.json") as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n")
     result = VolumeReconstruction(
@@ -128,17 +125,6 @@ def summarise(samples: Complex[np.ndarray, "n h w"], level: float) -> dict[str, 
         "std": magnitude.std(axis=0, ddof=1).astype(np.float32),
         "lower": lower.astype(np.float32),
         "upper": upper.astype(np.float32),
-    }
-
-
-def volume_metrics(
-    reconstruction: Float[np.ndarray, "slice h w"], references: dict[str, list]
-) -> dict[str, dict[str, float]]:
-    """fastMRI's metrics against each reference there is; the two are never mixed."""
-    return {
-        name: image_metrics(np.stack(images), reconstruction)
-        for name, images in references.items()
-        if all(image is not None for image in images)
     }
 
 

@@ -62,7 +62,7 @@ class Posterior:
         return sum(1 / term.std**2 for term in self.terms)
 
     def prior_score(self, x: Complex[torch.Tensor, "n H W"], sigma: float) -> Complex[torch.Tensor, "n H W"]:
-        """``grad log p_sigma(x)`` by Tweedie's formula, plus nothing else."""
+        """``grad log p_sigma(x)`` by Tweedie's formula."""
         return (self.prior(x, sigma) - x) / sigma**2
 
     def score(self, x, sigma: float, back_projection, eta: float) -> Complex[torch.Tensor, "n H W"]:

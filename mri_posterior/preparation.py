@@ -53,8 +53,7 @@ def plan_volume(config: ReconstructionConfig, path: Path, prior: NetworkPrior) -
 
     Raises
     ------
-    UserError: an unreadable volume, slices that do not exist, unknown voxel size, or voxels larger than the prior
-    knows.
+    UserError: an unreadable volume, slices that do not exist, unknown voxel size, or voxels larger than the prior's.
     """
     volume = open_volume(path)
     first, last = config.slices or (0, volume.n_slices)
@@ -125,9 +124,19 @@ class PreparedSlice:
         return image_crop(resample(weighted, (self.rows, self.volume.shape[1])), self.volume.recon_shape)
 
     @property
-    def combined(self) -> Float[np.ndarray, "H W"] | None:
-        """Magnitude of the fully sampled coil-combined image, where the scan was fully sampled."""
-        return None if self.volume.mask is not None else np.abs(self.to_file(self.everything))
+    def references(self) -> dict[str, Float[np.ndarray, "H W"]]:
+        """What there is to compare with: ``rss``, the file's own, and ``coil_combined`` of a fully sampled scan."""
+        images = {} if self.target is None else {"rss": self.target}
+        if self.volume.mask is None:
+            images["coil_combined"] = np.abs(self.to_file(self.everything))
+        return images
+
+
+def stack_references(
+    slices: list[dict[str, Float[np.ndarray, "H W"]]],
+) -> dict[str, Float[np.ndarray, "slice H W"]]:
+    """The references of a volume from those of its slices; all slices have the same ones."""
+    return {name: np.stack([images[name] for images in slices]).astype(np.float32) for name in slices[0]}
 
 
 def check_slices(plan: Plan) -> None:

@@ -71,8 +71,7 @@ def validation_loss(prior: NetworkPrior, data: TrainingData, crop: tuple[int, in
 
 
 def train(config: TrainingConfig) -> Path:
-    """Train a prior by denoising score matching and write its directory; continue from the last checkpoint if there
-    is one.
+    """Train a prior by denoising score matching and write its directory, from the last checkpoint if there is one.
 
     The checkpoint (``training_state.safetensors`` beside the prior) holds weights, moving average and Adam's moments;
     data and noise of step `n` come from ``(seed, n)``, so an interrupted run continues on the same curve.
@@ -146,10 +145,10 @@ A denoiser `D(x, sigma) = E[x_0 | x]` for complex MR images, used as prior by `m
 - Training data: {network.training_data}
 - Licence of the training data: {network.licence}
 - Network: U-Net on {network.patch}x{network.patch}-unshuffled pixels, widths {list(network.channels)},
-{network.layers} block(s) per
-  resolution, {n_parameters / 1e6:.2f} M parameters; EDM preconditioning, sigma_data {network.sigma_data}
-- Noise levels: {network.sigma_min} to {network.sigma_max} per real channel, images scaled to a 99th percentile of
-about 1
+  {network.layers} block(s) per resolution,
+  {n_parameters / 1e6:.2f} M parameters; EDM preconditioning, sigma_data {network.sigma_data}
+- Noise levels: {network.sigma_min} to {network.sigma_max} per real channel, images scaled to a 99th
+  percentile of about 1
 - Voxel size: {network.voxel_size_mm[0]} to {network.voxel_size_mm[1]} mm
 - Training: {config.steps} steps of {config.batch} images of {config.crop[0]}x{config.crop[1]}, seed {config.seed}
 
@@ -164,9 +163,8 @@ Root mean square per real channel, and as a fraction of the noise level.
 ## Limits
 
 Research only, never for diagnosis. It knows the anatomy and contrast above and nothing else: pathology, other
-contrasts,
-other body parts and finer voxels are outside of what it has seen, and uncertainty maps made with it do not
-include that.
+contrasts, other body parts and finer voxels are outside of what it has seen, and uncertainty maps made with it do
+not include that.
 """
 
 

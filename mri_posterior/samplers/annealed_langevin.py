@@ -27,9 +27,7 @@ from mri_posterior.solvers import conjugate_gradient
 Image = Complex[torch.Tensor, "n H W"]
 
 STABLE = 1.6
-"""Largest product of step and curvature that is trusted; at 2 the steps diverge, and power iteration approaches from
-below.
-"""
+"""Largest product of step and curvature that is trusted: at 2 steps diverge, and power iteration errs low."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +41,9 @@ class AnnealedLangevin:
         ``x_0`` (CG-SENSE unless one is given), then goes on as 2.
     guided: Algorithm 3 only (ours). The way down from `sigma_ws` follows ``p_sigma(x) * likelihood`` by Langevin
         steps at every diffusion level, so that chains arrive where the data want them, and ``x~`` is a starting
-        point and
-        nothing more. Without it (the paper) the way down samples ``p(x | x~)``, and ``x~`` stays in the target as a
-        Gaussian term, which pulls the result towards ``x_0`` by the share ``V / (V + sigma_ws^2)`` of posterior
-        variance V.
+        point and nothing more. Without it (the paper) the way down samples ``p(x | x~)``, and ``x~`` stays in the
+        target as a Gaussian term, which pulls the result towards ``x_0`` by the share ``V / (V + sigma_ws^2)``,
+        V the posterior variance.
     sigma_min: smoothing of the prior in the target, per real channel.
     sigma_ws: noise put on the warm start: large against its error, small against the image.
     sigma_max: where Algorithm 1's reverse diffusion starts.
@@ -62,9 +59,8 @@ class AnnealedLangevin:
     h: step size in units of the preconditioner, below 2 for stability.
     coupled_noise: anneal on noised measurements ``y_i`` of one coupled path (the paper) rather than on ``y`` itself.
     spectrum_probes, stability_probes: for ``spectral``: how often the spectrum is measured (two evaluations each),
-        and power
-        iterations (one each, and one more) that check whether steps with it are stable. Where they are not, it is
-        capped near the worst case.
+        and power iterations (one each, and one more) that check whether steps with it are stable. Where they are
+        not, it is capped near the worst case.
     cg_tolerance, cg_iterations: of the preconditioner's solves.
     """
 
@@ -100,7 +96,6 @@ class AnnealedLangevin:
         for key in ("diffusion_steps", "guided_steps", "levels", "steps_per_level", "spectrum_probes", "cg_iterations"):
             if getattr(self, key) < 1:
                 raise UserError(f"sampler.{key} {getattr(self, key)}: it must be at least 1")
-
         if self.final_steps < 0:
             raise UserError(f"sampler.final_steps {self.final_steps}: it cannot be negative")
 
@@ -158,8 +153,9 @@ class AnnealedLangevin:
         return self.sigma_max if self.algorithm == 1 else self.sigma_ws
 
     def _measurement_path(self, posterior: Posterior, streams: NoiseStreams) -> Complex[torch.Tensor, "levels n H W"]:
-        """``A^H y_i`` along one coupled path per chain: ``y_N = y``, ``y_i = y_(i+1) + sqrt(eta_i^2 - eta_(i+1)^2)
-        n``.
+        """``A^H y_i`` along one coupled path per chain.
+
+        ``y_N = y`` and backwards ``y_i = y_(i+1) + sqrt(eta_i^2 - eta_(i+1)^2) n``, n white.
         """
         operator = posterior.operator
         etas = sorted({step.eta for step in self.plan(posterior) if step.phase == "langevin"})

@@ -98,9 +98,8 @@ def largest_curvature(
 ) -> Float[torch.Tensor, "n 1 1"]:
     """The largest curvature of the target around `x` in units of the preconditioner, per chain; 1 where `M` is exact.
 
-    Langevin steps are stable for ``h`` below 2 over this number. ``M`` built from a spectrum is an average over the
-    image,
-    and too bold where the prior is stiffer than its average (flat regions). Power iteration on ``M H``, with
+    Langevin steps are stable for ``h`` below 2 over this number. ``M`` built from a spectrum averages over the
+    image, and is too bold where the prior is stiffer than that (flat regions). Power iteration on ``M H``, with
     ``H v`` from differences of the denoiser over a distance of `sigma` (1 + `steps` evaluations).
     """
     denoised = posterior.prior(x, sigma)

@@ -44,8 +44,7 @@ def diffusion_step(prior: Prior, streams: NoiseStreams, state: State, step: Step
 
 @dataclass(frozen=True)
 class ReverseDiffusion:
-    """Samples of the prior alone, ``p_sigma_min``: it ignores the measurement. Algorithm 1's start, and a look at a
-    prior.
+    """Samples of the prior alone, ``p_sigma_min``, to look at a prior: it ignores the measurement.
 
     Attributes
     ----------
