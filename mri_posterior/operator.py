@@ -1,6 +1,7 @@
-"""The multi-coil Fourier operator ``A = P F C`` in torch, batched and on any device.
+"""Linear operators: what samplers ask of one, and the multi-coil Fourier operator ``A = P F C`` of MRI.
 
-sigpy's ``Sense`` linop is the reference (`mri_posterior.coils.sense_linop`); a test holds the two equal.
+In torch, batched and on any device. sigpy's ``Sense`` linop is the reference (`mri_posterior.coils.sense_linop`);
+a test holds the two equal. Operators of other imaging tasks are in `mri_posterior.image_operators`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,53 @@ def ifft2c(kspace: Complex[torch.Tensor, "*batch H W"]) -> Complex[torch.Tensor,
     return torch.fft.fftshift(torch.fft.ifft2(torch.fft.ifftshift(kspace, dim=_IMAGE), norm="ortho"), dim=_IMAGE)
 
 
-class SenseOperator:
+class LinearOperator:
+    """A measurement ``y = A x`` of complex images, as samplers use it. For one of your own, write the first six.
+
+    Attributes
+    ----------
+    shape: rows and columns of the image.
+    data_shape: of one measurement.
+    dtype, device: of images and measurements; complex.
+
+    ``|A| <= 1`` is asked for: unpreconditioned step sizes rely on it. Scale data and noise level with the operator.
+    """
+
+    shape: tuple[int, int]
+    data_shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def forward(self, image: Complex[torch.Tensor, "*batch H W"]) -> Complex[torch.Tensor, "*batch *data"]:
+        """``A x``."""
+        raise NotImplementedError
+
+    def adjoint(self, data: Complex[torch.Tensor, "*batch *data"]) -> Complex[torch.Tensor, "*batch H W"]:
+        """``A^H y``."""
+        raise NotImplementedError
+
+    def normal(self, image: Complex[torch.Tensor, "*batch H W"]) -> Complex[torch.Tensor, "*batch H W"]:
+        """``A^H A x``."""
+        return self.adjoint(self.forward(image))
+
+    def residual(
+        self, image: Complex[torch.Tensor, "*batch H W"], data: Complex[torch.Tensor, "*data"]
+    ) -> Complex[torch.Tensor, "*batch *data"]:
+        """``y - A x``, zero where nothing was measured."""
+        return data - self.forward(image)
+
+    def circulant(self) -> Float[torch.Tensor, "H W"]:
+        """An approximation of ``A^H A`` that is diagonal in Fourier space (unshifted order), to precondition CG.
+
+        The default is the best multiple of the identity, from one fixed probe.
+        """
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(1, *self.shape, generator=generator).to(self.device, self.dtype)
+        share = self.forward(probe).abs().square().sum() / probe.abs().square().sum()
+        return share * torch.ones(self.shape, device=self.device, dtype=probe.real.dtype)
+
+
+class SenseOperator(LinearOperator):
     """What the scanner measures of an image: ``y = mask * F(maps * x)`` (SENSE, Pruessmann et al. 1999).
 
     Maps with ``sum_c |maps_c|^2 <= 1`` everywhere give ``|A| <= 1``, which step sizes rely on.
@@ -43,23 +90,14 @@ class SenseOperator:
             )
         self.maps = maps
         self.mask = mask.to(maps.device)
+        self.shape = (maps.shape[1], maps.shape[2])
+        self.data_shape = tuple(maps.shape)
+        self.dtype = maps.dtype
+        self.device = maps.device
         # In A^H A the image shift commutes with the circular convolution, so only the mask needs shifting, once.
         self._shifted_mask = torch.fft.ifftshift(self.mask).to(maps.real.dtype)
         # With whole lines sampled the FFT along the readout cancels its inverse.
         self._axes = (-1,) if bool((self.mask == self.mask[:1]).all()) else _IMAGE
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns of the image."""
-        return self.maps.shape[-2], self.maps.shape[-1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.maps.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.maps.device
 
     def to(self, device: torch.device | str) -> SenseOperator:
         return SenseOperator(self.maps.to(device), self.mask.to(device))
@@ -71,6 +109,11 @@ class SenseOperator:
     def adjoint(self, kspace: Complex[torch.Tensor, "*batch coils H W"]) -> Complex[torch.Tensor, "*batch H W"]:
         """``A^H y``: the coil-combined zero-filled image when `kspace` is measured."""
         return (self.maps.conj() * ifft2c(self.mask * kspace)).sum(dim=-3)
+
+    def residual(
+        self, image: Complex[torch.Tensor, "*batch H W"], data: Complex[torch.Tensor, "coils H W"]
+    ) -> Complex[torch.Tensor, "*batch coils H W"]:
+        return self.mask * (data - fft2c(self.maps * image.unsqueeze(-3)))
 
     def normal(self, image: Complex[torch.Tensor, "*batch H W"]) -> Complex[torch.Tensor, "*batch H W"]:
         """``A^H A x`` without shift copies, and with FFTs along one axis where the mask allows."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Complex
+from jaxtyping import Complex, Float
 
-from mri_posterior.operator import SenseOperator
+from mri_posterior.operator import LinearOperator
 from mri_posterior.priors import Prior
 
 
@@ -30,7 +30,8 @@ class Posterior:
     ----------
     prior: denoiser ``prior(x, sigma) -> E[x_0 | x]`` on complex ``[n, H, W]``.
     operator: ``A``; its device and precision are those of the samples.
-    kspace: ``y = A x + noise_std * n``; only the sampled entries are used.
+    kspace: ``y = A x + noise_std * n``, of the operator's `data_shape` (``[coils, H, W]`` in MRI); only the sampled
+        entries are used.
     noise_std: per real channel. There is no default: a wrong one makes every error bar wrong.
     terms: further Gaussian observations.
 
@@ -40,17 +41,17 @@ class Posterior:
     """
 
     prior: Prior
-    operator: SenseOperator
-    kspace: Complex[torch.Tensor, "coils H W"]
+    operator: LinearOperator
+    kspace: Complex[torch.Tensor, "*data"]
     noise_std: float
     terms: tuple[GaussianTerm, ...] = ()
 
     def __post_init__(self):
         if not self.noise_std > 0:
             raise ValueError(f"noise_std must be positive, got {self.noise_std}")
-        if self.kspace.shape != self.operator.maps.shape:
+        if tuple(self.kspace.shape) != tuple(self.operator.data_shape):
             raise ValueError(
-                f"k-space {tuple(self.kspace.shape)} does not fit the maps {tuple(self.operator.maps.shape)}"
+                f"k-space {tuple(self.kspace.shape)} does not fit the operator's {tuple(self.operator.data_shape)}"
             )
 
     def with_term(self, term: GaussianTerm) -> Posterior:
@@ -60,6 +61,11 @@ class Posterior:
     def term_precision(self) -> float:
         """``sum 1/std^2`` over the Gaussian terms."""
         return sum(1 / term.std**2 for term in self.terms)
+
+    def misfit(self, x: Complex[torch.Tensor, "n H W"]) -> Float[torch.Tensor, n]:
+        """``|y - A x|^2`` per image, in double precision: differences of log-likelihoods are small among large."""
+        residual = self.operator.residual(x, self.kspace).flatten(1)
+        return torch.view_as_real(residual).double().square().sum(dim=(1, 2))
 
     def prior_score(self, x: Complex[torch.Tensor, "n H W"], sigma: float) -> Complex[torch.Tensor, "n H W"]:
         """``grad log p_sigma(x)`` by Tweedie's formula."""

@@ -8,8 +8,8 @@ import torch
 
 from mri_posterior.coils import MIN_CALIBRATION, CoilConfig, estimate_maps, sense_linop
 from mri_posterior.errors import UserError
+from mri_posterior.exact import coil_maps, line_mask, white
 from mri_posterior.operator import SenseOperator, fft2c
-from tests.problems import coil_maps, line_mask, white
 
 
 def disc(shape: tuple[int, int]) -> torch.Tensor:

@@ -27,12 +27,12 @@ from mri_posterior import __version__, cli, evaluate, pipeline, reconstruct
 from mri_posterior.baselines import BASELINES
 from mri_posterior.config import ReconstructionConfig, load_config, parse_config
 from mri_posterior.errors import UserError
+from mri_posterior.exact import coil_maps, white
 from mri_posterior.metrics import credible_interval, image_metrics
 from mri_posterior.operator import fft2c
 from mri_posterior.preparation import plan_volume, prepare
 from mri_posterior.priors import NetworkConfig, NetworkPrior, load_prior
 from mri_posterior.volumes import read_reconstruction
-from tests.problems import coil_maps, white
 from tests.test_volumes import REMOVE, fake_free_space, header
 
 N_SLICES, N_COILS, SIDE = 2, 4, 32

@@ -16,11 +16,11 @@ import math
 import pytest
 import torch
 
+from mri_posterior.exact import GaussianProblem, coil_maps, dense, forward_matrix, gaussian_problem, line_mask, white
 from mri_posterior.operator import SenseOperator
 from mri_posterior.posterior import GaussianTerm, Posterior
 from mri_posterior.priors import GaussianMixturePrior, GaussianPrior, RingPrior
 from mri_posterior.samplers import SAMPLERS, sample
-from tests.problems import GaussianProblem, coil_maps, gaussian_problem, line_mask, white
 
 AnnealedLangevin = SAMPLERS["annealed_langevin"]
 ReverseDiffusion = SAMPLERS["reverse_diffusion"]
@@ -131,8 +131,6 @@ def test_euler_kernel_inflates_variance_as_theory_says():
 
 def test_dense_and_spectral_gaussian_priors_give_the_same_samples():
     problem = gaussian_problem((8, 8), 2, 2, 4, 0.05)
-    from tests.problems import dense
-
     matrix = dense(lambda x: torch.fft.ifft2(problem.spectrum * torch.fft.fft2(x)), (8, 8))
     other = Posterior(
         GaussianPrior(covariance=matrix), *(getattr(problem.posterior, f) for f in ("operator", "kspace", "noise_std"))
@@ -175,7 +173,7 @@ def test_mixture_posterior_along_the_line_between_its_modes():
     total = variance + sigma_min**2
     # Each component is conjugate: evidence N(y; A m_k, total A A^H + eta^2), posterior mean and covariance as for a
     # Gaussian prior.
-    matrix = dense_forward(operator)
+    matrix = forward_matrix(operator)
     noise = total * matrix @ matrix.mH + eta**2 * torch.eye(len(matrix))
     offsets = kspace.flatten() - means.flatten(1) @ matrix.T
     solved = torch.linalg.solve(noise, offsets.T).T
@@ -206,12 +204,6 @@ def test_mixture_posterior_along_the_line_between_its_modes():
     # Variance of n draws of a law no heavier-tailed than a normal: relative standard deviation sqrt(2/n); 2 % for h
     # = 0.3.
     assert float(along.var()) == pytest.approx(spread, rel=5 * math.sqrt(2 / n) + 0.02)
-
-
-def dense_forward(operator: SenseOperator) -> torch.Tensor:
-    n = operator.shape[0] * operator.shape[1]
-    basis = torch.eye(n, dtype=operator.dtype).reshape(n, *operator.shape)
-    return operator.forward(basis).reshape(n, -1).T
 
 
 def test_ring_prior_posterior_by_quadrature():

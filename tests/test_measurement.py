@@ -14,12 +14,12 @@ import torch
 from mri_posterior.coils import CoilConfig
 from mri_posterior.config import ReconstructionConfig, parse_config
 from mri_posterior.errors import UserError
+from mri_posterior.exact import coil_maps, line_mask
 from mri_posterior.measurement import NoiseConfig, centre_crop, fft2c, ifft2c, prepare_slice, resample
 from mri_posterior.operator import fft2c as torch_fft2c
 from mri_posterior.operator import ifft2c as torch_ifft2c
 from mri_posterior.preparation import Plan, PreparedSlice, prepare
 from mri_posterior.volumes import Volume, open_volume, read_kspace
-from tests.problems import coil_maps, line_mask
 from tests.test_volumes import header
 
 UNIT = 1e-4  # of fastMRI's order of magnitude, so that a forgotten scale shows

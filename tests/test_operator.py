@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mri_posterior.coils import sense_linop
+from mri_posterior.exact import coil_maps, dense, line_mask, white
 from mri_posterior.operator import SenseOperator, fft2c, ifft2c
-from tests.problems import coil_maps, dense, line_mask, white
 
 SHAPES = st.tuples(st.integers(3, 17), st.integers(3, 17))
 

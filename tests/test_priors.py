@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mri_posterior.errors import UserError
+from mri_posterior.exact import power_law, white
 from mri_posterior.priors import (
     GaussianMixturePrior,
     GaussianPrior,
@@ -16,7 +17,6 @@ from mri_posterior.priors import (
     RingPrior,
     load_prior,
 )
-from tests.problems import power_law, white
 
 SMALL = NetworkConfig(channels=(8, 16), layers=1)
 

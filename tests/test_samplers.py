@@ -10,10 +10,10 @@ from itertools import pairwise
 import pytest
 import torch
 
+from mri_posterior.exact import gaussian_problem
 from mri_posterior.posterior import GaussianTerm, Posterior
 from mri_posterior.samplers import SAMPLERS, SamplingFailed, sample
 from mri_posterior.samplers.schedules import annealing_levels, diffusion_levels
-from tests.problems import gaussian_problem
 
 QUICK = {"annealed_langevin": {"diffusion_steps": 4, "levels": 3, "final_steps": 2}, "reverse_diffusion": {"steps": 6}}
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from mri_posterior.exact import white
 from mri_posterior.solvers import conjugate_gradient
-from tests.problems import white
 
 
 def spd(generator: torch.Generator, n: int) -> torch.Tensor:

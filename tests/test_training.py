@@ -9,10 +9,10 @@ import torch
 
 from mri_posterior.config import TrainingConfig
 from mri_posterior.errors import UserError
+from mri_posterior.exact import white
 from mri_posterior.priors import NetworkConfig, NetworkPrior, load_prior
 from mri_posterior.training import denoising_loss, draw_sigma, train, validation_loss
 from mri_posterior.training_data import KneePhantoms, MagnitudeSlices, smooth_field
-from tests.problems import white
 
 SMALL = NetworkConfig(channels=(8, 8))
 

@@ -7,6 +7,7 @@ in `SAMPLERS`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Complex
@@ -68,7 +69,7 @@ def sample(
     SamplingFailed: a chain became NaN or infinite.
     """
     counter = _CountingPrior(posterior.prior)
-    posterior = Posterior(counter, posterior.operator, posterior.kspace, posterior.noise_std, posterior.terms)
+    posterior = replace(posterior, prior=counter)
     seeds = tuple(stable_seed(seed, *key, first + i) for i in range(n_samples))
     streams = NoiseStreams(seeds, posterior.operator.device, posterior.operator.dtype)
     plan = sampler.plan(posterior)

@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Complex
 
-from mri_posterior.errors import UserError
 from mri_posterior.noise import NoiseStreams
 from mri_posterior.posterior import GaussianTerm, Posterior
-from mri_posterior.samplers.preconditioner import (
-    ScalarPreconditioner,
-    SolvedPreconditioner,
-    largest_curvature,
-    probe_spectrum,
-)
+from mri_posterior.samplers.langevin import LangevinKernel, LangevinState
 from mri_posterior.samplers.reverse_diffusion import diffusion_step, diffusion_steps
 from mri_posterior.samplers.schedules import annealing_levels, diffusion_levels
-from mri_posterior.samplers.step import State, Step
+from mri_posterior.samplers.step import Step, require_at_least, require_positive
 from mri_posterior.solvers import conjugate_gradient
 
 Image = Complex[torch.Tensor, "n H W"]
 
-STABLE = 1.6
-"""Largest product of step and curvature that is trusted: at 2 steps diverge, and power iteration errs low."""
+
+@dataclass(frozen=True)
+class AnnealedLangevinState(LangevinState):
+    """`back_projections`: ``A^H y_i`` of every level, ``[levels, n, H, W]``: all that a level needs of ``y_i``."""
+
+    back_projections: Complex[torch.Tensor, "levels n H W"] | None = None
 
 
 @dataclass(frozen=True)
-class AnnealedLangevin:
+class AnnealedLangevin(LangevinKernel):
     """The paper's Algorithms 1, 2 and 3, with its plain Langevin kernel or with faster ones of the same target.
 
     Attributes
@@ -51,20 +49,11 @@ class AnnealedLangevin:
     eta_start: the guided way down, and the annealing after it, start at measurement noise ``eta_start * noise_std``;
         otherwise annealing starts where the likelihood is as weak as what the chain already knows.
     levels, steps_per_level, final_steps: annealing levels, Langevin steps at each, and extra steps at the last.
-    kernel: ``lm`` is Leimkuhler and Matthews 2013, exact covariance on Gaussian targets at any stable step;
-        ``ula`` is the paper's Euler scheme, whose variance is ``2/(2 - h)`` too large at preconditioned step `h`.
-    precondition: ``spectral`` uses the prior's local power spectrum, ``scalar`` its worst case ``1/sigma_min^2``,
-        ``none`` no preconditioner at all (the paper's scheme). The way down is always at the worst case: a
-        spectrum averaged over the image is too bold for its flat parts while sigma is large.
-    h: step size in units of the preconditioner, below 2 for stability.
     coupled_noise: anneal on noised measurements ``y_i`` of one coupled path (the paper) rather than on ``y`` itself.
-    spectrum_probes, stability_probes: for ``spectral``: how often the spectrum is measured (two evaluations each),
-        and power iterations (one each, and one more) that check whether steps with it are stable. Where they are
-        not, it is capped near the worst case.
-    cg_tolerance, cg_iterations: of the preconditioner's solves.
+    precondition: as in `LangevinKernel`, but the way down is always at the prior's worst case: a spectrum averaged
+        over the image is too bold for its flat parts while sigma is large.
+    kernel, h, spectrum_probes, stability_probes, cg_tolerance, cg_iterations: see `LangevinKernel`.
     """
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     name: Literal["annealed_langevin"] = "annealed_langevin"
     algorithm: Literal[1, 2, 3] = 3
@@ -78,26 +67,13 @@ class AnnealedLangevin:
     levels: int = 4
     steps_per_level: int = 1
     final_steps: int = 10
-    kernel: Literal["lm", "ula"] = "lm"
-    precondition: Literal["spectral", "scalar", "none"] = "spectral"
-    h: float = 1.0
     coupled_noise: bool = True
-    spectrum_probes: int = 1
-    stability_probes: int = 5
-    cg_tolerance: float = 1e-3
-    cg_iterations: int = 40
 
     def __post_init__(self) -> None:
-        if not 0 < self.h < 2:
-            raise UserError(f"sampler.h {self.h}: it must lie between 0 and 2, where the steps are stable")
-        for key in ("sigma_min", "sigma_ws", "sigma_max", "eta_start"):
-            if not getattr(self, key) > 0:
-                raise UserError(f"sampler.{key} {getattr(self, key)}: it must be positive")
-        for key in ("diffusion_steps", "guided_steps", "levels", "steps_per_level", "spectrum_probes", "cg_iterations"):
-            if getattr(self, key) < 1:
-                raise UserError(f"sampler.{key} {getattr(self, key)}: it must be at least 1")
-        if self.final_steps < 0:
-            raise UserError(f"sampler.final_steps {self.final_steps}: it cannot be negative")
+        super().__post_init__()
+        require_positive(self, "sigma_min", "sigma_ws", "sigma_max", "eta_start")
+        require_at_least(self, 1, "diffusion_steps", "guided_steps", "levels", "steps_per_level")
+        require_at_least(self, 0, "final_steps")
 
     def plan(self, posterior: Posterior) -> list[Step]:
         """The way down to `sigma_min`, then every level's Langevin steps."""
@@ -115,7 +91,7 @@ class AnnealedLangevin:
             steps += [Step("langevin", level, self.sigma_min, eta=eta_level)] * count
         return steps
 
-    def start(self, posterior: Posterior, streams: NoiseStreams, warm_start: Image | None) -> State:
+    def start(self, posterior: Posterior, streams: NoiseStreams, warm_start: Image | None) -> AnnealedLangevinState:
         shape = posterior.operator.shape
         if self.algorithm == 1:
             x = self.sigma_max * streams.complex(*shape)
@@ -128,20 +104,15 @@ class AnnealedLangevin:
             x = x_0 + self.sigma_ws * streams.complex(*shape)
             if not self.guided:
                 posterior = posterior.with_term(GaussianTerm(x, self.sigma_ws))
-        return State(posterior, x, back_projections=self._measurement_path(posterior, streams))
+        return AnnealedLangevinState(posterior, x, back_projections=self._measurement_path(posterior, streams))
 
-    def step(self, streams: NoiseStreams, state: State, step: Step) -> State:
+    def step(self, streams: NoiseStreams, state: AnnealedLangevinState, step: Step) -> AnnealedLangevinState:
         if step.phase == "diffusion":
             return diffusion_step(state.posterior.prior, streams, state, step)
         if step != state.entered:
-            state = self._enter(streams, state, step)
+            state = self.enter(streams, state, step, learn=step.phase == "langevin")
         drift = state.posterior.score(state.x, step.sigma, state.back_projections[step.level], step.eta)
-        fresh = state.preconditioner.noise(streams)
-        # Either way the kick has covariance 2h M^-1; Leimkuhler-Matthews uses every draw in two successive steps.
-        summed = 2 * fresh if self.kernel == "ula" else state.noise + fresh
-        kick = math.sqrt(self.h / 2) * summed
-        x = state.x + state.preconditioner.apply(self.h * drift + kick)
-        return replace(state, x=x, noise=fresh)
+        return self.move(streams, state, drift)
 
     @property
     def _is_guided(self) -> bool:
@@ -163,46 +134,9 @@ class AnnealedLangevin:
         for quieter, louder in pairwise(etas):
             noise = 0.0
             if self.coupled_noise:
-                noise = math.sqrt(louder**2 - quieter**2) * operator.adjoint(streams.complex(*operator.maps.shape))
+                noise = math.sqrt(louder**2 - quieter**2) * operator.adjoint(streams.complex(*operator.data_shape))
             path.append(path[-1] + noise)
         return torch.stack(path[::-1])
-
-    def _enter(self, streams: NoiseStreams, state: State, step: Step) -> State:
-        """Set up the preconditioner of a new level; the first of the annealing also learns the prior's spectrum."""
-        spectrum = state.spectrum
-        if self.precondition == "spectral" and step.phase == "langevin" and spectrum is None:
-            spectrum = self._learn_spectrum(streams, state, step)
-        preconditioner = self._preconditioner(state, step, spectrum)
-        noise = preconditioner.noise(streams)
-        return replace(state, spectrum=spectrum, entered=step, preconditioner=preconditioner, noise=noise)
-
-    def _preconditioner(
-        self, state: State, step: Step, spectrum: Float[torch.Tensor, "n H W"] | None
-    ) -> SolvedPreconditioner | ScalarPreconditioner:
-        posterior = state.posterior
-        if self.precondition == "none":
-            curvature = 1 / step.sigma**2 + 1 / step.eta**2 + posterior.term_precision
-            return ScalarPreconditioner(posterior.operator, curvature)
-        variance = step.sigma**2 + (torch.zeros_like(state.x.real[:1]) if spectrum is None else spectrum)
-        return SolvedPreconditioner(
-            posterior.operator,
-            step.eta,
-            1 / variance + posterior.term_precision,
-            posterior.operator.circulant(),
-            self.cg_tolerance,
-            self.cg_iterations,
-        )
-
-    def _learn_spectrum(self, streams: NoiseStreams, state: State, step: Step) -> Float[torch.Tensor, "n H W"]:
-        """The prior's local spectrum where steps with it are stable, chain by chain; elsewhere one capped to be stable.
-
-        The prior is nowhere stiffer than ``1/sigma^2``, so a spectrum below ``sigma^2 / 2`` keeps curvatures below 1.5.
-        """
-        prior = state.posterior.prior
-        spectrum = probe_spectrum(prior, state.x, step.sigma, streams, self.spectrum_probes)
-        bold = self._preconditioner(state, step, spectrum)
-        curvature = largest_curvature(state.posterior, bold, state.x, step.sigma, streams, self.stability_probes)
-        return torch.where(curvature * self.h < STABLE, spectrum, spectrum.clamp(max=step.sigma**2 / 2))
 
 
 def cg_sense(posterior: Posterior, regularisation: float = 1e-2, iterations: int = 30) -> Image:

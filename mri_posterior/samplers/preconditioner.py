@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Complex, Float
 
 from mri_posterior.noise import NoiseStreams
-from mri_posterior.operator import SenseOperator
+from mri_posterior.operator import LinearOperator
 from mri_posterior.posterior import Posterior
 from mri_posterior.priors import Prior
 from mri_posterior.solvers import conjugate_gradient
@@ -29,7 +29,7 @@ class SolvedPreconditioner:
     `curvature` is ``[n, H, W]`` or ``[1, H, W]`` in unshifted FFT order.
     """
 
-    operator: SenseOperator
+    operator: LinearOperator
     eta: float
     curvature: Float[torch.Tensor, "n H W"]
     circulant: Float[torch.Tensor, "H W"]
@@ -49,7 +49,7 @@ class SolvedPreconditioner:
 
     def noise(self, streams: NoiseStreams) -> Image:
         """``b`` of covariance ``M^-1`` (perturb and solve: ``M b`` has covariance ``M``)."""
-        measured = self.operator.adjoint(streams.complex(*self.operator.maps.shape)) / self.eta
+        measured = self.operator.adjoint(streams.complex(*self.operator.data_shape)) / self.eta
         return measured + _filter(self.curvature.sqrt(), streams.complex(*self.operator.shape))
 
 
@@ -57,7 +57,7 @@ class SolvedPreconditioner:
 class ScalarPreconditioner:
     """``M = 1/curvature`` times the identity: plain Langevin with the largest step that is stable everywhere."""
 
-    operator: SenseOperator
+    operator: LinearOperator
     curvature: float
 
     def apply(self, rhs: Image) -> Image:

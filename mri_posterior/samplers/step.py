@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Complex
 
+from mri_posterior.errors import UserError
 from mri_posterior.noise import NoiseStreams
 from mri_posterior.posterior import Posterior
-from mri_posterior.samplers.preconditioner import ScalarPreconditioner, SolvedPreconditioner
 
 Image = Complex[torch.Tensor, "n H W"]
 
@@ -35,21 +35,14 @@ class State:
     posterior: the target, with the Gaussian terms that the sampler itself added.
     x: the chains.
     denoised, log_ratio: previous evaluation and step of the multistep diffusion solver.
-    back_projections: ``A^H y_i`` of every level, ``[levels, n, H, W]``: the only thing a level needs of ``y_i``.
-    spectrum: local power spectrum of the prior, for the preconditioner.
-    entered, preconditioner, noise: of the Langevin level under way, whose steps are all alike; `noise` is ``b_n``,
-        which the next step uses again.
+
+    A sampler that carries more from step to step has a subclass of its own.
     """
 
     posterior: Posterior
     x: Image
     denoised: Image | None = None
     log_ratio: float = 0.0
-    back_projections: Complex[torch.Tensor, "levels n H W"] | None = None
-    spectrum: Float[torch.Tensor, "n H W"] | None = None
-    entered: Step | None = None
-    preconditioner: SolvedPreconditioner | ScalarPreconditioner | None = None
-    noise: Image | None = None
 
 
 class Sampler(Protocol):
@@ -63,3 +56,16 @@ class Sampler(Protocol):
     def start(self, posterior: Posterior, streams: NoiseStreams, warm_start: Image | None) -> State: ...
 
     def step(self, streams: NoiseStreams, state: State, step: Step) -> State: ...
+
+
+def require_at_least(sampler: object, least: int, *names: str) -> None:
+    """Refuse settings below `least`, by name."""
+    for name in names:
+        if getattr(sampler, name) < least:
+            raise UserError(f"sampler.{name} {getattr(sampler, name)}: it must be at least {least}")
+
+
+def require_positive(sampler: object, *names: str) -> None:
+    for name in names:
+        if not getattr(sampler, name) > 0:
+            raise UserError(f"sampler.{name} {getattr(sampler, name)}: it must be positive")
