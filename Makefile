@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint notebooks clean
+.PHONY: demo test lint notebooks figures clean
 
 demo: $(INSTALLED)  ## reconstruct the embedded simulated knee: panels, .h5 and metrics in outputs/knee4x
 	$(BIN)/python -m mri_posterior.reconstruct --config knee4x.yaml
@@ -19,6 +19,9 @@ lint: $(INSTALLED)  ## style, and which module may import which
 
 notebooks: $(INSTALLED)  ## execute every notebook
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 -p no:cacheprovider -W default notebooks
+
+figures: $(INSTALLED)  ## the paper's figures and tables, docs/paper.md, recomputed in a quarter of an hour
+	$(BIN)/python -m benchmarks.paper
 
 # fastmri's metadata asks for torchvision, whose wheel does not fit a CPU build of torch and then breaks every library
 # that looks for it. fastmri itself never needs it here, so it is installed without what it declares.

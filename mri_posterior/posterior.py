@@ -81,12 +81,13 @@ class Posterior:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What happened in one step: for diagnosis and for the report."""
+    """What happened in one step, and what the sampler itself reports of it: for diagnosis."""
 
     phase: str
     sigma: float
     eta: float | None
     rms_change: float
+    report: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class PosteriorSamples:
     records: one per step; averages over the samples.
     sigma_min: the prior's smoothing in the target ``p_sigma_min(x) * likelihood``, per real channel.
     seeds: of each sample.
+    report: what the sampler has to say of the result, such as ``log_evidence``.
     """
 
     images: Complex[torch.Tensor, "n H W"]
@@ -107,3 +109,4 @@ class PosteriorSamples:
     records: list[StepRecord] = field(repr=False)
     sigma_min: float = 0.0
     seeds: tuple[int, ...] = ()
+    report: dict[str, float] = field(default_factory=dict)

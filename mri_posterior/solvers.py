@@ -20,7 +20,8 @@ def conjugate_gradient(
     """Solve ``K x = rhs`` for Hermitian positive definite ``K``, image by image.
 
     Step lengths and stopping are per image: an image that has converged stays as it is while the others
-    go on, so a solution does not depend on its batch. Hestenes and Stiefel 1952, preconditioned.
+    go on, so a solution does not depend on its batch. Hestenes and Stiefel 1952, preconditioned. Where ``K`` proves
+    not to be positive definite, as Jacobians of networks may, an image stays as it was before (Steihaug 1983).
 
     Parameters
     ----------
@@ -33,12 +34,16 @@ def conjugate_gradient(
     direction = preconditioned
     product = _inner(residual, preconditioned)
     goal = tolerance**2 * _inner(rhs, rhs)
+    indefinite = torch.zeros_like(goal, dtype=torch.bool)
     for _ in range(max_iterations):
-        active = ~(_inner(residual, residual) <= goal)  # NaN stays active, so that it shows in the solution
+        # NaN stays active, so that it shows in the solution.
+        active = ~(_inner(residual, residual) <= goal) & ~indefinite
         if not bool(active.any()):
             break
         image = matvec(direction)
         curvature = _inner(direction, image)
+        indefinite = indefinite | active & (curvature <= 0)
+        active = active & ~indefinite
         alpha = torch.where(active, product / curvature.clamp_min(torch.finfo(product.dtype).tiny), 0)
         solution = solution + alpha * direction
         residual = residual - alpha * image

@@ -57,3 +57,18 @@ def test_nan_is_not_swallowed(generator):
 def test_zero_right_hand_side_gives_zero(generator):
     solution = conjugate_gradient(as_map(spd(generator, 24)), torch.zeros(1, 4, 6, dtype=torch.complex128))
     assert not solution.any()
+
+
+def test_an_image_stays_where_the_matrix_proves_indefinite(generator):
+    """One negative direction: the first image has none of it and is solved, the second stops before it would divide
+    by that curvature.
+    """
+    diagonal = torch.linspace(1, 2, 24, dtype=torch.float64)
+    diagonal[-1] = -1e-3
+    rhs = white(generator, 2, 4, 6)
+    rhs[0, -1, -1] = 0
+    rhs[1] = 0
+    rhs[1, -1, -1] = 1
+    solution = conjugate_gradient(lambda x: (diagonal * x.flatten(1)).reshape(x.shape), rhs, tolerance=1e-10)
+    assert torch.allclose(solution[0].flatten()[:-1], rhs[0].flatten()[:-1] / diagonal[:-1], atol=1e-8)
+    assert not solution[1].any()

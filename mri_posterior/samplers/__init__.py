@@ -15,14 +15,34 @@ from jaxtyping import Complex
 from mri_posterior.noise import NoiseStreams, stable_seed
 from mri_posterior.posterior import Posterior, PosteriorSamples, StepRecord
 from mri_posterior.samplers.annealed_langevin import AnnealedLangevin
+from mri_posterior.samplers.csgm_langevin import CSGMLangevin
+from mri_posterior.samplers.daps import DAPS
+from mri_posterior.samplers.dds import DDS
+from mri_posterior.samplers.diffpir import DiffPIR
+from mri_posterior.samplers.dps import DPS
+from mri_posterior.samplers.moment_matching import MomentMatching
+from mri_posterior.samplers.pnp_dm import PnPDM
+from mri_posterior.samplers.preconditioned_ula import PreconditionedULA
+from mri_posterior.samplers.red_diff import REDdiff
 from mri_posterior.samplers.reverse_diffusion import ReverseDiffusion
 from mri_posterior.samplers.step import Sampler
+from mri_posterior.samplers.tempered_smc import TemperedSMC
 
-__all__ = ["SAMPLERS", "AnnealedLangevin", "ReverseDiffusion", "Sampler", "SamplingFailed", "sample"]
+__all__ = ["SAMPLERS", "AnnealedLangevin", "ReverseDiffusion", "Sampler", "SamplingFailed", "TemperedSMC", "sample"]
 
 SAMPLERS: dict[str, type] = {
     "annealed_langevin": AnnealedLangevin,
     "reverse_diffusion": ReverseDiffusion,
+    "tempered_smc": TemperedSMC,
+    "csgm_langevin": CSGMLangevin,
+    "daps": DAPS,
+    "dds": DDS,
+    "diffpir": DiffPIR,
+    "dps": DPS,
+    "moment_matching": MomentMatching,
+    "pnp_dm": PnPDM,
+    "preconditioned_ula": PreconditionedULA,
+    "red_diff": REDdiff,
 }
 
 
@@ -81,6 +101,6 @@ def sample(
         change = (state.x - before).abs().square().mean().sqrt()
         if not torch.isfinite(change):
             raise SamplingFailed(f"{sampler.name} diverged in {step.phase} level {step.level}: lower sampler.h")
-        records.append(StepRecord(step.phase, step.sigma, step.eta, float(change)))
+        records.append(StepRecord(step.phase, step.sigma, step.eta, float(change), state.report()))
         progress(done, len(plan))
-    return PosteriorSamples(state.x, counter.calls, records, sampler.sigma_min, seeds)
+    return PosteriorSamples(state.x, counter.calls, records, sampler.sigma_min, seeds, state.report())

@@ -44,6 +44,10 @@ class State:
     denoised: Image | None = None
     log_ratio: float = 0.0
 
+    def report(self) -> dict[str, float]:
+        """Numbers of this state worth keeping with the result."""
+        return {}
+
 
 class Sampler(Protocol):
     """A frozen dataclass that is also its own configuration schema. It owns no loop: `sample` does."""
@@ -69,3 +73,9 @@ def require_positive(sampler: object, *names: str) -> None:
     for name in names:
         if not getattr(sampler, name) > 0:
             raise UserError(f"sampler.{name} {getattr(sampler, name)}: it must be positive")
+
+
+def refuse_terms(sampler: Sampler, posterior: Posterior) -> None:
+    """Most samplers know the measurement alone."""
+    if posterior.terms:
+        raise ValueError(f"{sampler.name} knows no further Gaussian terms: use annealed_langevin")
