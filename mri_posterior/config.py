@@ -96,6 +96,7 @@ class TrainingConfig:
     crop: rows and columns the network trains on.
     batch, steps, learning_rate, warmup, ema: the optimiser (Adam, cosine decay to zero over `steps`).
     seed: step `n` draws the same data and noise in a resumed run as in an unbroken one.
+    report_images: held-out images that the finished prior's errors are measured on (see `score_error`).
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -113,6 +114,7 @@ class TrainingConfig:
     ema: float = 0.999
     seed: int = 0
     checkpoint_every: int = 250
+    report_images: int = 1024
     device: Device = "auto"
 
 

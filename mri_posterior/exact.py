@@ -216,7 +216,7 @@ def mixture_problem(
     """
     generator = torch.Generator().manual_seed(seed)
     eta, variance = 0.1, 0.1**2
-    operator = SenseOperator(coil_maps(1, shape, dtype), line_mask(shape, 2, 0))
+    operator = SenseOperator(coil_maps(1, shape, dtype), line_mask(shape, 4, 0))
     patterns = white(generator, n_modes, *shape)
     seen = operator.normal(patterns.to(dtype)).to(torch.complex128)
     hidden = patterns - seen

@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Complex, Float
@@ -44,8 +45,8 @@ class ErrorSummary:
 
     Attributes
     ----------
-    mean_square, standard_error: ``E e^2``, and the standard error of its estimate were the images independent: slices of
-        one subject are not quite, so it is then somewhat larger.
+    mean_square, standard_error: ``E e^2``, and the standard error of its estimate were the images independent: slices
+        of one subject are not quite, so it is then somewhat larger.
     mean_fourth: ``E e^4``.
     quantiles, tail_means: by share, such as ``"0.99"``: the error that 99 % of the images stay below, and the mean of
         the rest. None where fewer than one image is left for the rest.
@@ -67,7 +68,8 @@ class ScoreErrorBounds:
     ----------
     denoising: of the denoising error ``|D - x_0| / (sigma sqrt(2 H W))``. Its moments and `tail_means` bound those of
         the score error from above; the quantiles are its own and bound nothing.
-    lower_mean_square, lower_standard_error: an unbiased estimate of a number that ``E e^2`` exceeds, and its error.
+    lower_mean_square, lower_standard_error: an unbiased estimate (where no subject is in both halves of the images, and
+        nearly so otherwise) of a number that ``E e^2`` exceeds, and its standard error.
     """
 
     sigma: float
@@ -100,6 +102,7 @@ def summarise(errors: Float[torch.Tensor, n]) -> ErrorSummary:
     )
 
 
+@torch.no_grad()
 def score_error(denoiser: Prior, exact: Prior, clean: Images, sigma: float, seed: int = 0) -> Float[torch.Tensor, n]:
     """Errors ``[n]`` of a denoiser's score at level `sigma`, in the module's unit, where `exact` is ``E[x_0 | x]``.
 
@@ -109,6 +112,7 @@ def score_error(denoiser: Prior, exact: Prior, clean: Images, sigma: float, seed
     return torch.cat(errors)
 
 
+@torch.no_grad()
 def difference(first: Prior, second: Prior, clean: Images, sigma: float, seed: int = 0) -> tuple[float, float]:
     """``E e^2`` of the first denoiser less that of the second, and its standard error, from clean images alone."""
     squares = [
@@ -119,6 +123,7 @@ def difference(first: Prior, second: Prior, clean: Images, sigma: float, seed: i
     return float(gain.mean()), float(gain.std()) / math.sqrt(len(gain))
 
 
+@torch.no_grad()
 def bounds(denoiser: Prior, clean: Images, sigma: float, seed: int = 0) -> ScoreErrorBounds:
     """Bounds of the score error at level `sigma` from held-out clean images; three evaluations per image.
 
@@ -163,16 +168,12 @@ def _features(denoiser: Prior, x: Images, denoised: Images, sigma: float) -> Com
     spectrum = torch.fft.fft2(x - denoised)
     rows, columns = (torch.fft.fftfreq(n, device=x.device) * 2 for n in x.shape[-2:])
     radius = torch.hypot(rows[:, None], columns[None])
-    bands = [
-        torch.fft.ifft2(spectrum * ((radius >= low) & (radius < high)))
-        for low, high in zip(BAND_EDGES, BAND_EDGES[1:], strict=False)
-    ]
+    bands = [torch.fft.ifft2(spectrum * ((radius >= low) & (radius < high))) for low, high in pairwise(BAND_EDGES)]
     shifted = denoiser(x.roll((1, 1), (-2, -1)), sigma).roll((-1, -1), (-2, -1))
     conjugated = denoiser(x.conj().resolve_conj(), sigma).conj()
     return torch.stack([*bands, shifted - denoised, conjugated - denoised], 1)
 
 
-@torch.no_grad()
 def _noised(clean: Images, sigma: float, seed: int, batch: int = 16) -> Iterator[tuple[Images, Images]]:
     """Batches of noisy and clean images; an image's noise depends on its index, the seed and the level alone."""
     for first in range(0, len(clean), batch):

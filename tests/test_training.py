@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import h5py
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from mri_posterior.config import TrainingConfig
 from mri_posterior.errors import UserError
 from mri_posterior.exact import white
 from mri_posterior.priors import NetworkConfig, NetworkPrior, load_prior
-from mri_posterior.training import denoising_loss, draw_sigma, train, validation_loss
+from mri_posterior.training import VALIDATION_SIGMAS, denoising_loss, draw_sigma, report, train, validation_loss
 from mri_posterior.training_data import KneePhantoms, MagnitudeSlices, smooth_field
 
 SMALL = NetworkConfig(channels=(8, 8))
@@ -33,6 +36,7 @@ def dataset(tmp_path):
 
 def config(dataset, tmp_path, **settings) -> TrainingConfig:
     defaults = {"batch": 2, "steps": 8, "crop": (32, 24), "checkpoint_every": 4, "network": SMALL, "warmup": 2}
+    defaults |= {"report_images": 8}
     return TrainingConfig(input=str(dataset), output=str(tmp_path / "prior"), **defaults | settings)
 
 
@@ -109,7 +113,24 @@ def test_resumed_training_is_the_unbroken_one(dataset, tmp_path):
     for key, value in a.state_dict().items():
         assert torch.equal(value, b.state_dict()[key]), key
     card = (resumed / "README.md").read_text()
-    assert "Denoising error on held-out subjects" in card
+    assert "error on held-out subjects" in card
+
+
+def test_a_prior_is_reported_on_and_can_be_again(dataset, tmp_path):
+    settings = config(dataset, tmp_path)
+    folder = train(settings)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    errors = json.loads(before["score_error.json"])
+    assert [level["sigma"] for level in errors["levels"]] == list(VALIDATION_SIGMAS)
+    assert errors["images"] == 8
+    rows = [line for line in before["README.md"].decode().splitlines() if line.startswith("| 0.")]
+    level = errors["levels"][0]
+    assert float(rows[0].split("|")[4]) == pytest.approx(level["denoising"]["mean_square"] ** 0.5, rel=0.01)
+    assert rows[0].split("|")[-2].strip() == "-", "8 images say nothing of one in a thousand"
+    report(settings)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    with pytest.raises(UserError, match="not the network"):
+        report(replace(settings, network=replace(SMALL, sigma_data=0.4)))
 
 
 def test_training_reduces_the_loss(dataset, tmp_path):

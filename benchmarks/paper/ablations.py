@@ -153,10 +153,10 @@ def text(data: Data) -> str:
         [
             f"*See:* a Gaussian power-law prior, 3 coils, every third line, η = {ETA:g}, and {BUDGET} evaluations for "
             "everybody; directions are observed where the data say more than the prior. Without the spectral "
-            "preconditioner this budget is too small; the Euler kernel makes the spread too large; the paper's way down "
-            "keeps the warm start's pull (even the truth's, which is not the posterior's mean), ours forgets it. With "
-            "exact scores noised and fixed y, many levels and one, end alike: what annealing on noised measurements "
-            "buys is robustness (above).",
+            "preconditioner this budget is too small; the Euler kernel makes the spread too large; the paper's way "
+            "down keeps the warm start's pull (even the truth's, which is not the posterior's mean), ours forgets it. "
+            "With exact scores noised and fixed y, many levels and one, end alike: what annealing on noised "
+            "measurements buys is robustness (above).",
             style.table(
                 ("variant", "evaluations", "variance", "observed", "unobserved", f"bias χ²/dof, {data.n} samples"), rows
             ),

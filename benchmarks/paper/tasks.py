@@ -260,9 +260,10 @@ def text(data: Data) -> str:
                 ("task", "sampler", "rms error", f"of the mean of {CHAINS}", "spread to skill", "Fréchet x 1000"), rows
             ),
             f"Fréchet distance: of means and covariances of 9 log-Gabor magnitudes, from {data.reference} other "
-            f"images; the {data.n} true images are at {1e3 * data.floor:.2f}, so differences below that are chance. It is no "
-            f"FID and cannot be set beside one. Evaluations per sample: DPS {data.dps_steps}, each with a gradient; "
-            f"{counts}. The blur is 61 x 61 with standard deviation 3 at 256 pixels, scaled to this size.",
+            f"images; the {data.n} true images are at {1e3 * data.floor:.2f}, so differences below that are "
+            f"chance. It is no FID and cannot be set beside one. Evaluations per sample: DPS {data.dps_steps}, each "
+            f"with a gradient; {counts}. The blur is 61 x 61 with standard deviation 3 at 256 pixels, scaled to this "
+            "size.",
             "One image, samples of the guided sampler:",
             *(f"![{task.title}](figures/{sheet_name(task)})" for task in data.tasks),
             "*See:* where samples differ, the standard deviation is bright (window 0 to 0.3; images 0 to 1.1).",
