@@ -6,6 +6,7 @@ Each has `posterior`, to be sampled, and `exact_samples`, to compare with. A new
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -76,10 +77,10 @@ class GaussianProblem:
         """Mean ``[p]`` and covariance ``[p, p]`` (per real channel) of the target ``p_sigma_min(x) * likelihood``."""
         operator, eta = self.posterior.operator, self.posterior.noise_std
         precision = dense(lambda x: torch.fft.ifft2(torch.fft.fft2(x) / (self.spectrum + sigma_min**2)), operator.shape)
-        precision = precision + dense(operator.normal, operator.shape) / eta**2
-        shift = operator.adjoint(self.posterior.kspace).flatten() / eta**2
+        precision = precision + dense(_in_double(operator.normal, operator), operator.shape) / eta**2
+        shift = operator.adjoint(self.posterior.kspace).flatten().to(torch.complex128) / eta**2
         for term in self.posterior.terms:
-            precision = precision + torch.eye(len(precision)) / term.std**2
+            precision = precision + torch.eye(len(precision), dtype=torch.float64) / term.std**2
             shift = shift + term.mean.flatten() / term.std**2
         covariance = torch.linalg.inv(precision)
         return covariance @ shift, covariance
@@ -184,15 +185,19 @@ class MixtureProblem:
 
     def _components(self, sigma_min: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
         """Weights, means and the common covariance of the posterior's components, and the log evidence."""
+        if self.posterior.terms:
+            raise ValueError("a mixture's closed form here knows no Gaussian terms")
         eta, total = self.posterior.noise_std, self.variance + sigma_min**2
         matrix = self._matrix
-        misfit = self.posterior.kspace.flatten().to(torch.complex128) - self.means.flatten(1) @ matrix.T
+        operator = self.posterior.operator
+        misfit = operator.residual(self.means.to(operator.dtype), self.posterior.kspace).flatten(1).to(torch.complex128)
         # Evidence of component k: y - A m_k ~ N(0, total A A^H + eta^2), both channels.
         spread = torch.eye(len(matrix)) + total / eta**2 * matrix @ matrix.mH
         solved = torch.linalg.solve(spread, misfit.T).T
         log_evidence = -(misfit.conj() * solved).sum(1).real / (2 * eta**2) - torch.linalg.slogdet(spread)[1]
         joint = self.weights.log() + log_evidence
-        covariance = torch.linalg.inv(torch.eye(matrix.shape[1]) / total + matrix.mH @ matrix / eta**2)
+        identity = torch.eye(matrix.shape[1], dtype=torch.float64)
+        covariance = torch.linalg.inv(identity / total + matrix.mH @ matrix / eta**2)
         centres = self.means.flatten(1) + total / eta**2 * solved @ matrix.conj()
         return torch.softmax(joint, 0), centres, covariance, float(torch.logsumexp(joint, 0))
 
@@ -203,7 +208,12 @@ class MixtureProblem:
 
 def forward_matrix(operator: LinearOperator) -> Complex[torch.Tensor, "data pixels"]:
     """``A`` as a dense matrix; what is not measured has rows of zeros."""
-    return dense(lambda x: operator.forward(x.to(operator.dtype)).to(torch.complex128), operator.shape)
+    return dense(_in_double(operator.forward, operator), operator.shape)
+
+
+def _in_double(linear: Callable[[torch.Tensor], torch.Tensor], operator: LinearOperator):
+    """A map of `operator`, in its own precision, between double-precision images."""
+    return lambda x: linear(x.to(operator.dtype)).to(torch.complex128)
 
 
 def mixture_problem(
@@ -248,10 +258,7 @@ class RingProblem:
         # log I0(a) = a + log i0e(a)
         log_density = -((grid.abs() - self.prior.radius) ** 2) / (2 * total)
         log_density = log_density + torch.special.i0e(self.prior.radius * grid.abs() / total).log()
-        seen = self.posterior.operator.forward(grid.reshape(-1, 1, 1).to(self.posterior.operator.dtype)).reshape(
-            n * n, -1
-        )
-        misfit = (seen - self.posterior.kspace.flatten()).abs().square().sum(1).reshape(n, n)
+        misfit = self.posterior.misfit(grid.reshape(-1, 1, 1).to(self.posterior.operator.dtype)).reshape(n, n)
         log_density = log_density - misfit / (2 * self.posterior.noise_std**2)
         for term in self.posterior.terms:
             log_density = log_density - (grid - term.mean.flatten()).abs().square() / (2 * term.std**2)

@@ -45,7 +45,7 @@ class Blur(LinearOperator):
 
     Raises
     ------
-    ValueError: `size` is even or exceeds the image.
+    ValueError: `size` is even or exceeds the image, or `std` is not positive.
     """
 
     def __init__(
@@ -58,6 +58,8 @@ class Blur(LinearOperator):
     ):
         if size % 2 == 0 or size > min(shape):
             raise ValueError(f"size {size}: it must be odd and at most {min(shape)}")
+        if not std > 0:
+            raise ValueError(f"std {std}: it must be positive")
         self.shape = self.data_shape = shape
         self.dtype = dtype
         self.device = torch.device(device)
@@ -84,7 +86,7 @@ class Downsample(LinearOperator):
 
     Raises
     ------
-    ValueError: the image's sides are not multiples of `factor`.
+    ValueError: `factor` is not positive, or the image's sides are not multiples of it.
     """
 
     def __init__(
@@ -94,6 +96,8 @@ class Downsample(LinearOperator):
         dtype: torch.dtype = torch.complex64,
         device: torch.device | str = "cpu",
     ):
+        if factor < 1:
+            raise ValueError(f"factor {factor}: it must be at least 1")
         if shape[0] % factor or shape[1] % factor:
             raise ValueError(f"shape {shape}: sides must be multiples of {factor}")
         self.shape = shape

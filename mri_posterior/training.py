@@ -145,7 +145,7 @@ def report(config: TrainingConfig, data: TrainingData | None = None) -> Path:
     folder = Path(config.output)
     prior = NetworkPrior.load(folder).to(pick_device(config.device))
     if prior.config != config.network:
-        raise UserError(f"{folder}: its config.json is not the network of this configuration: give the one it came from")
+        raise UserError(f"{folder}: its config.json is of another network than this configuration: give its own")
     data = open_training_data(config) if data is None else data
     clean = data.batch(("validation",), config.report_images, config.crop, held_out=True)
     clean = clean.to(next(prior.parameters()).device)

@@ -129,7 +129,7 @@ def test_a_prior_is_reported_on_and_can_be_again(dataset, tmp_path):
     assert rows[0].split("|")[-2].strip() == "-", "8 images say nothing of one in a thousand"
     report(settings)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    with pytest.raises(UserError, match="not the network"):
+    with pytest.raises(UserError, match="another network"):
         report(replace(settings, network=replace(SMALL, sigma_data=0.4)))
 
 

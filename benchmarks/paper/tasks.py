@@ -114,7 +114,7 @@ def compute(quick: bool = False) -> Data:
     truths, others = everything[:n], _features(everything[n:])
     settings = {"levels": 10, "steps_per_level": 2, "final_steps": 10}
     if quick:
-        settings = {"levels": 2, "steps_per_level": 1, "final_steps": 0, "diffusion_steps": 2}
+        settings = {"levels": 2, "final_steps": 0, "diffusion_steps": 2, "precondition": "scalar"}
     samplers = {
         PUBLISHED: AnnealedLangevin(algorithm=3, guided=False, sigma_ws=0.3, **settings),
         OURS: AnnealedLangevin(algorithm=3, **settings),

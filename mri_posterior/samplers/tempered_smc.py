@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Complex, Float, Int
+from scipy.cluster.hierarchy import leaves_list, linkage
 
 from mri_posterior.noise import NoiseStreams
 from mri_posterior.posterior import Posterior
@@ -133,16 +134,20 @@ class TemperedSMC(LangevinKernel):
         rise = state.posterior.noise_std**-2 - state.precision
         if rise <= 0:
             return replace(state, visited=(), half_misfits=())
-        # States of one particle lie side by side, so that systematic resampling takes its fair share from each.
-        half_misfit = torch.stack(state.half_misfits, 1).flatten()
+        # States of one particle lie side by side, then and ever after those of one cluster: systematic resampling
+        # takes its fair share of each stretch, so the modes' shares get no noise from it.
+        x, half_misfit = torch.stack(state.visited, 1).flatten(0, 1), torch.stack(state.half_misfits, 1).flatten()
+        if state.levels == 0:
+            order = cluster_order(x)
+            x, half_misfit = x[order], half_misfit[order]
         if not last:
             rise = largest_rise(half_misfit, rise, self.effective_size)
         log_weights = -rise * half_misfit
         weights = torch.softmax(log_weights, 0)
-        chosen = systematic_resampling(weights, len(streams), float(streams.uniform()[0])).to(state.x.device)
+        chosen = systematic_resampling(weights, len(streams), float(streams.uniform()[0])).to(x.device)
         return replace(
             state,
-            x=torch.stack(state.visited, 1).flatten(0, 1)[chosen],
+            x=x[chosen],
             spectrum=None if state.spectrum is None else state.spectrum[chosen // len(state.visited)],
             precision=state.precision + rise,
             visited=(),
@@ -156,6 +161,16 @@ class TemperedSMC(LangevinKernel):
 def _visit(state: Population) -> Population:
     half_misfit = state.posterior.misfit(state.x) / 2
     return replace(state, visited=(*state.visited, state.x), half_misfits=(*state.half_misfits, half_misfit))
+
+
+def cluster_order(images: Image) -> Int[torch.Tensor, n]:
+    """An order in which images of one mode stand together: the leaves of Ward's tree (sorted resampling, Gerber,
+    Chopin and Whiteley 2019).
+    """
+    if len(images) < 2:
+        return torch.arange(len(images))
+    tree = linkage(torch.view_as_real(images).flatten(1).cpu().numpy(), "ward")
+    return torch.from_numpy(leaves_list(tree).astype("int64")).to(images.device)
 
 
 def largest_rise(half_misfit: Float[torch.Tensor, n], most: float, share: float) -> float:
