@@ -15,7 +15,7 @@ from mri_posterior.errors import UserError
 from mri_posterior.masks import MaskConfig
 from mri_posterior.measurement import NoiseConfig
 from mri_posterior.priors.network import NetworkConfig
-from mri_posterior.samplers import SAMPLERS, AnnealedLangevin
+from mri_posterior.samplers import SAMPLERS, AnnealedLangevin, TemperedSMC
 
 Config = TypeVar("Config")
 AnySampler = Annotated[Union[tuple(SAMPLERS.values())], Field(discriminator="name")]  # noqa: UP007 (built at run time)
@@ -82,6 +82,10 @@ class ReconstructionConfig:
     def __post_init__(self) -> None:
         if getattr(self.sampler, "algorithm", None) == 2:
             raise UserError("sampler.algorithm 2 needs a noised image of your own, from Python: set 3, or 1")
+        if isinstance(self.sampler, TemperedSMC) and self.batch < self.samples:
+            raise UserError(
+                "sampler tempered_smc weighs all samples of a slice against one another: set batch to at least samples"
+            )
 
 
 @dataclass(frozen=True)

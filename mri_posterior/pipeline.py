@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,13 @@ from mri_posterior import __version__
 from mri_posterior.baselines import BASELINES
 from mri_posterior.config import ReconstructionConfig, dump_config
 from mri_posterior.device import pick_device
+from mri_posterior.diagnostics import DISAGREE, disagreeing_share
 from mri_posterior.errors import UserError
 from mri_posterior.files import atomic_path, require_free_space, require_writable
 from mri_posterior.metrics import credible_interval, image_metrics
 from mri_posterior.operator import SenseOperator
 from mri_posterior.panels import PanelImages, panel_title, write_panel
-from mri_posterior.posterior import Posterior
+from mri_posterior.posterior import Posterior, PosteriorSamples, join_batches
 from mri_posterior.preparation import Plan, PreparedSlice, prepare, stack_references
 from mri_posterior.priors import prior_folder
 from mri_posterior.progress import progress_view
@@ -34,13 +36,13 @@ log = logging.getLogger("mri_posterior")
 
 def reconstruct_slice(
     config: ReconstructionConfig, slice_: MultiCoilSlice, prior, key: tuple, report=lambda done, total: None
-) -> tuple[Complex[torch.Tensor, "n H W"], int]:
-    """Posterior samples of one slice in its normalised units, and network evaluations per sample."""
+) -> PosteriorSamples:
+    """Posterior samples of one slice, in its normalised units."""
     device = pick_device(config.device)
     operator = SenseOperator(slice_.maps.to(device), slice_.mask.to(device))
     posterior = Posterior(prior, operator, slice_.kspace.to(device), slice_.noise_std)
     start = torch.from_numpy(np.asarray(BASELINES[config.warm_start](slice_))).to(device, torch.complex64)
-    batches, evaluations = [], 0
+    batches = []
     for first in range(0, config.samples, config.batch):
         n = min(config.batch, config.samples - first)
 
@@ -50,9 +52,8 @@ def reconstruct_slice(
         result = sample(
             config.sampler, posterior, n, config.seed, key=key, first=first, warm_start=start, progress=progress
         )
-        batches.append(result.images.cpu())
-        evaluations = result.n_evaluations
-    return torch.cat(batches), evaluations
+        batches.append(result)
+    return join_batches(batches)
 
 
 def reconstruct_volume(config: ReconstructionConfig, plan: Plan, prior) -> Path:
@@ -64,8 +65,7 @@ def reconstruct_volume(config: ReconstructionConfig, plan: Plan, prior) -> Path:
     volume, folder = plan.volume, Path(config.output)
     kept: dict[str, list] = {name: [] for name in ("mean", "std", "lower", "upper", "samples")}
     references = []
-    per_slice: dict[str, list] = {"noise_std": [], "scale": []}
-    evaluations = 0
+    per_slice: dict[str, list] = defaultdict(list)
     with progress_view(volume.name, len(plan.slices) * 1000) as report:
         for number, index in enumerate(plan.slices):
             prepared = prepare(config, plan, index)
@@ -73,23 +73,28 @@ def reconstruct_volume(config: ReconstructionConfig, plan: Plan, prior) -> Path:
             def slice_progress(done: int, total: int, number: int = number) -> None:
                 report(1000 * number + 1000 * done // total)
 
-            images, evaluations = reconstruct_slice(
-                config, prepared.slice_, network, (volume.name, index), slice_progress
-            )
-            summary = summarise(prepared.to_file(images.numpy()), config.level)
+            result = reconstruct_slice(config, prepared.slice_, network, (volume.name, index), slice_progress)
+            summary = summarise(prepared.to_file(result.images.cpu().numpy()), config.level)
             for name, value in summary.items():
                 kept[name].append(value)
             references.append(prepared.references)
-            per_slice["noise_std"].append(prepared.slice_.noise_std)
-            per_slice["scale"].append(prepared.slice_.scale)
+            numbers = {"noise_std": prepared.slice_.noise_std, "scale": prepared.slice_.scale, **slice_report(result)}
+            for name, value in numbers.items():
+                per_slice[name].append(value)
             write_slice_panel(config, prepared, summary)
 
+    if "disagreeing_share" in per_slice:
+        log.info(
+            "chains disagree (R-hat above %.1f) in %.0f %% of the pixels, from several modes or few final steps",
+            DISAGREE,
+            100 * np.mean(per_slice["disagreeing_share"]),
+        )
     reconstruction = np.abs(np.stack(kept["mean"])).astype(np.float32)
     # Against each reference there is; the two are never mixed.
     metrics = {name: image_metrics(target, reconstruction) for name, target in stack_references(references).items()}
     with atomic_path(folder / f"{volume.name}_metrics.json") as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n")
-    result = VolumeReconstruction(
+    reconstructed = VolumeReconstruction(
         reconstruction=reconstruction,
         **{name: np.stack(kept[name]) for name in ("mean", "std", "lower", "upper")},
         samples=np.stack(kept["samples"]) if config.keep_samples else None,
@@ -102,7 +107,7 @@ def reconstruct_volume(config: ReconstructionConfig, plan: Plan, prior) -> Path:
             "prior": config.prior.name,
             "prior_digest": prior_digest(config.prior.name),
             "sigma_min": config.sampler.sigma_min,
-            "n_evaluations": evaluations,
+            "n_evaluations": result.n_evaluations,
             "network_seconds": network.seconds,
             "total_seconds": time.monotonic() - started,
             "simulated": "simulated_noise_std" in volume.attrs,
@@ -110,9 +115,17 @@ def reconstruct_volume(config: ReconstructionConfig, plan: Plan, prior) -> Path:
         },
     )
     output = folder / f"{volume.name}.h5"
-    write_reconstruction(output, result)
+    write_reconstruction(output, reconstructed)
     log.info("%s written: %s", output, _one_line(metrics))
     return output
+
+
+def slice_report(result: PosteriorSamples) -> dict[str, float]:
+    """What the sampler says of its result, and whether its chains agree."""
+    report = dict(result.report)
+    if result.chains is not None:
+        report["disagreeing_share"] = disagreeing_share(result.chains)
+    return report
 
 
 def summarise(samples: Complex[np.ndarray, "n h w"], level: float) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -91,6 +92,22 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
+class ChainMoments:
+    """Each chain over the steps of its last level, in which it should have forgotten where it came from.
+
+    Attributes
+    ----------
+    mean: ``[n, H, W]``.
+    variance: ``[n, H, W]``, unbiased, per real channel.
+    steps: how many.
+    """
+
+    mean: Complex[torch.Tensor, "n H W"]
+    variance: Float[torch.Tensor, "n H W"]
+    steps: int
+
+
+@dataclass(frozen=True)
 class PosteriorSamples:
     """Samples of one slice.
 
@@ -102,6 +119,7 @@ class PosteriorSamples:
     sigma_min: the prior's smoothing in the target ``p_sigma_min(x) * likelihood``, per real channel.
     seeds: of each sample.
     report: what the sampler has to say of the result, such as ``log_evidence``.
+    chains: of samplers that end in several steps of one level; None for those whose draws are independent by design.
     """
 
     images: Complex[torch.Tensor, "n H W"]
@@ -110,3 +128,18 @@ class PosteriorSamples:
     sigma_min: float = 0.0
     seeds: tuple[int, ...] = ()
     report: dict[str, float] = field(default_factory=dict)
+    chains: ChainMoments | None = field(default=None, repr=False)
+
+
+def join_batches(batches: Sequence[PosteriorSamples]) -> PosteriorSamples:
+    """The samples of one slice that were drawn batch by batch; step records and report are those of the last."""
+    chains = None
+    if all(batch.chains is not None for batch in batches):
+        means, variances = ([getattr(b.chains, name) for b in batches] for name in ("mean", "variance"))
+        chains = ChainMoments(torch.cat(means), torch.cat(variances), batches[-1].chains.steps)
+    return replace(
+        batches[-1],
+        images=torch.cat([batch.images for batch in batches]),
+        seeds=sum((batch.seeds for batch in batches), ()),
+        chains=chains,
+    )

@@ -114,6 +114,8 @@ def test_differences_are_exact_though_neither_error_is_known(clean):
 def test_an_images_error_depends_on_its_index_alone(clean):
     assert torch.equal(score_error(bold, EXACT, clean[:40], SIGMA)[:5], score_error(bold, EXACT, clean[:5], SIGMA))
     assert not torch.equal(*(score_error(bold, EXACT, clean[:5], SIGMA, seed) for seed in (0, 1)))
+    alike = score_error(bold, EXACT, clean[:1].expand(40, *SHAPE), SIGMA)
+    assert len(alike.unique()) == 40, "one image, forty noises"
 
 
 def test_too_few_images_are_refused(clean):

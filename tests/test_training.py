@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from mri_posterior.config import TrainingConfig
+from mri_posterior.config import TrainingConfig, dump_config
 from mri_posterior.errors import UserError
 from mri_posterior.exact import white
 from mri_posterior.priors import NetworkConfig, NetworkPrior, load_prior
+from mri_posterior.train import main
 from mri_posterior.training import VALIDATION_SIGMAS, denoising_loss, draw_sigma, report, train, validation_loss
 from mri_posterior.training_data import KneePhantoms, MagnitudeSlices, smooth_field
 
@@ -127,7 +128,10 @@ def test_a_prior_is_reported_on_and_can_be_again(dataset, tmp_path):
     level = errors["levels"][0]
     assert float(rows[0].split("|")[4]) == pytest.approx(level["denoising"]["mean_square"] ** 0.5, rel=0.01)
     assert rows[0].split("|")[-2].strip() == "-", "8 images say nothing of one in a thousand"
-    report(settings)
+    (folder / "score_error.json").unlink()
+    (folder / "README.md").write_text("")
+    (tmp_path / "train.yaml").write_text(dump_config(settings))
+    assert main(["--config", str(tmp_path / "train.yaml"), "--report-only"]) == 0
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     with pytest.raises(UserError, match="another network"):
         report(replace(settings, network=replace(SMALL, sigma_data=0.4)))

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Complex
 
 from mri_posterior.noise import NoiseStreams, stable_seed
-from mri_posterior.posterior import Posterior, PosteriorSamples, StepRecord
+from mri_posterior.posterior import ChainMoments, Posterior, PosteriorSamples, StepRecord
 from mri_posterior.samplers.annealed_langevin import AnnealedLangevin
 from mri_posterior.samplers.csgm_langevin import CSGMLangevin
 from mri_posterior.samplers.daps import DAPS
@@ -62,6 +62,22 @@ class _CountingPrior:
         return self.prior(x, sigma)
 
 
+class _RunningMoments:
+    """Mean and variance of each chain without keeping its steps (Welford 1962)."""
+
+    def __init__(self):
+        self.steps, self.mean, self.squares = 0, 0.0, 0.0
+
+    def add(self, x: torch.Tensor) -> None:
+        self.steps += 1
+        offset = x - self.mean
+        self.mean = self.mean + offset / self.steps
+        self.squares = self.squares + (offset.conj() * (x - self.mean)).real / 2
+
+    def result(self) -> ChainMoments | None:
+        return ChainMoments(self.mean, self.squares / (self.steps - 1), self.steps) if self.steps > 1 else None
+
+
 @torch.no_grad()
 def sample(
     sampler: Sampler,
@@ -95,6 +111,7 @@ def sample(
     plan = sampler.plan(posterior)
     state = sampler.start(posterior, streams, warm_start)
     records = []
+    moments = _RunningMoments()
     for done, step in enumerate(plan, 1):
         before = state.x
         state = sampler.step(streams, state, step)
@@ -102,5 +119,7 @@ def sample(
         if not torch.isfinite(change):
             raise SamplingFailed(f"{sampler.name} diverged in {step.phase} level {step.level}: lower sampler.h")
         records.append(StepRecord(step.phase, step.sigma, step.eta, float(change), state.report()))
+        if step == plan[-1]:
+            moments.add(state.x)
         progress(done, len(plan))
-    return PosteriorSamples(state.x, counter.calls, records, sampler.sigma_min, seeds, state.report())
+    return PosteriorSamples(state.x, counter.calls, records, sampler.sigma_min, seeds, state.report(), moments.result())

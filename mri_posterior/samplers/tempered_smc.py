@@ -82,7 +82,7 @@ class TemperedSMC(LangevinKernel):
     effective_size: as a share of the states.
     kernel, precondition, h, spectrum_probes, stability_probes, cg_tolerance, cg_iterations: see `LangevinKernel`.
 
-    Evaluations: ``draws * diffusion_steps + levels * moves``, and 8 more that learn the spectrum where that is asked for.
+    Evaluations: ``draws * diffusion_steps + levels * moves``, and 8 to learn the spectrum where that is asked for.
     """
 
     name: Literal["tempered_smc"] = "tempered_smc"
