@@ -247,6 +247,7 @@ def text(data: Data) -> str:
                 errors = f"{c.l2[step]:.3f}", f"{c.mean_l2[step]:.3f}"
                 rows.append((task.title, f"{name}, {label}", *errors, ratio, f"{1e3 * c.frechet[step]:.2f}"))
         rows.append((task.title, "DPS", f"{task.dps_l2:.3f}", "", "", f"{1e3 * task.dps_frechet:.2f}"))
+    ratios = [curve.spread_to_skill for task in data.tasks for curve in task.curves.values()]
     counts = ", ".join(f"{name} {curve.evaluations}" for name, curve in data.tasks[0].curves.items())
     return "\n\n".join(
         [
@@ -255,7 +256,7 @@ def text(data: Data) -> str:
             "sample is not meant to be nearest to the truth: an exact one misses it by √2 times what the posterior "
             f"mean does, so compare DPS, whose spread is no posterior's, with the mean of {CHAINS} samples as well. "
             "Spread to skill is the samples' variance over the squared error of their mean; below 1 the samples are "
-            "too much alike, which they are here.",
+            f"too much alike (here {min(ratios):.2f} to {max(ratios):.2f}).",
             style.table(
                 ("task", "sampler", "rms error", f"of the mean of {CHAINS}", "spread to skill", "Fréchet x 1000"), rows
             ),
