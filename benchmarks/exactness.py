@@ -133,6 +133,29 @@ def table(scores: Iterable[Score]) -> str:
     return "\n".join(lines)
 
 
+def summary(results: dict[str, list[Score]]) -> str:
+    """The README's table: every sampler at its smallest and largest budget, the telling columns of four problems."""
+    gaussian, modes, ring = (next(t for t in results if t.startswith(start)) for start in ("Gaussian", "Five", "Ring"))
+    columns = [
+        (gaussian, "variance, observed", "Gaussian: variance observed"),
+        (gaussian, "variance, unobserved", "unobserved"),
+        (gaussian, "bias χ²/dof", "bias χ²/dof"),
+        (modes, "mode error", "five modes: mode error"),
+        (modes, "distance / floor", "distance"),
+        (ring, "distance / floor", "ring: distance"),
+    ]
+    lines = [
+        "| sampler | evaluations | " + " | ".join(heading for *_, heading in columns) + " |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    for name in dict.fromkeys(score.sampler for score in results[gaussian]):
+        runs = [i for i, score in enumerate(results[gaussian]) if score.sampler == name]
+        for i in sorted({runs[0], runs[-1]}):
+            cells = [f"{results[t][i].figures.get(key, float('nan')):.3g}" for t, key, _ in columns]
+            lines.append(f"| {name} | {results[gaussian][i].evaluations} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def put_between(path: Path, marker: str, text: str) -> None:
     """Replace what stands between ``<!-- marker -->`` and ``<!-- /marker -->`` of a file."""
     start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
@@ -154,19 +177,20 @@ def main() -> None:
     budgets = BUDGETS[:1] if options.quick else BUDGETS
     suite = cases(options.quick)
     runs = [(n, b) for n in names for b in sorted({min(b, LARGEST.get(n, b)) for b in budgets})]
-    sections, done = [], 0
+    results: dict[str, list[Score]] = {}
+    done = 0
     with progress_view("exactness", len(suite) * len(runs)) as progress:
         for case in suite:
-            scores = []
+            scores = results[case.title] = []
             for name, budget in runs:
                 scores.append(case.score(name, budget))
                 done += 1
                 progress(done)
-            sections.append((case.title, table(scores)))
-            print(f"\n## {case.title}\n\n{sections[-1][1]}", flush=True)
+            print(f"\n## {case.title}\n\n{table(scores)}", flush=True)
     if options.write:
-        full = "\n\n".join(f"### {title}\n\n{text}" for title, text in sections)
+        full = "\n\n".join(f"### {title}\n\n{table(scores)}" for title, scores in results.items())
         put_between(ROOT / "docs" / "exactness.md", "exactness", full)
+        put_between(ROOT / "README.md", "exactness", summary(results))
 
 
 if __name__ == "__main__":
