@@ -4,13 +4,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint notebooks figures clean
+.PHONY: demo test test-slow lint notebooks figures clean
 
 demo: $(INSTALLED)  ## reconstruct the embedded simulated knee: panels, .h5 and metrics in outputs/knee4x
 	$(BIN)/python -m mri_posterior.reconstruct --config knee4x.yaml
 
-test: $(INSTALLED)  ## the whole test suite
+test: $(INSTALLED)  ## the test suite, but for the slow ones
 	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)  ## tests that take minutes each
+	$(BIN)/python -m pytest -m slow
 
 lint: $(INSTALLED)  ## style, and which module may import which
 	$(BIN)/ruff check .
