@@ -8,8 +8,9 @@ Truths are drawn from the prior, measured, and reconstructed; then truth and sam
 What "drawn from the prior" means needs care. The target's prior is the law ``p_sigma_min`` whose score is
 ``(D(x, sigma_min) - x)/sigma_min^2``. The law of reverse diffusion is another one, for a network's scores at different
 levels are not those of one distribution; and ``p_sigma_min`` alone cannot be sampled by a long chain, because at
-``sigma_min`` the network does not know how bright an image should be and lets its mean wander away. So calibration is
-conditional (Säilynoja et al. 2025, posterior SBC):
+``sigma_min`` the network does not know how bright an image should be: chains of `brain_t1_2mm` brighten without end,
+their mean energy by two fifths in 20 steps and eightyfold in 320. So calibration is conditional (Säilynoja et al. 2025,
+posterior SBC):
 
 1. reverse diffusion draws an image, whose *central* k-space lines are measured: the pilot data;
 2. truths are drawn from ``p_sigma_min(x | pilot)`` by a long Langevin chain of small steps, which is confined;
@@ -91,6 +92,9 @@ def replicates(prior: Prior, n: int, sigma_min: float, seed: int = 0) -> list[Re
     centre = torch.zeros(shape, dtype=torch.bool)
     centre[:, SIZE // 2 - CENTRE // 2 : SIZE // 2 + CENTRE - CENTRE // 2] = True
     pilot_scan = SenseOperator(maps, centre)
+    # Steps of 0.3 because long ones are biased: at 1, images with little in them get up to 15 % too much energy in
+    # unmeasured lines; at 0.2, 0.3 and 0.5 it agrees within its sampling error of 2 %. Over 200 of them the slowest of
+    # the functionals below forgets all but a few hundredths of where it started.
     chain = SAMPLERS["annealed_langevin"](sigma_min=sigma_min, h=0.3, final_steps=200)
     result: list[Replicate] = []
     for pilot in range(-(-n // TRUTHS_PER_PILOT)):

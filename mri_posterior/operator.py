@@ -98,6 +98,8 @@ class SenseOperator(LinearOperator):
         self._shifted_mask = torch.fft.ifftshift(self.mask).to(maps.real.dtype)
         # With whole lines sampled the FFT along the readout cancels its inverse.
         self._axes = (-1,) if bool((self.mask == self.mask[:1]).all()) else _IMAGE
+        # One coil at a time stays within a processor's cache: about twice as fast, and in one coil's memory.
+        self._coil_by_coil = maps.device.type == "cpu"
 
     def to(self, device: torch.device | str) -> SenseOperator:
         return SenseOperator(self.maps.to(device), self.mask.to(device))
@@ -108,7 +110,12 @@ class SenseOperator(LinearOperator):
 
     def adjoint(self, kspace: Complex[torch.Tensor, "*batch coils H W"]) -> Complex[torch.Tensor, "*batch H W"]:
         """``A^H y``: the coil-combined zero-filled image when `kspace` is measured."""
-        return (self.maps.conj() * ifft2c(self.mask * kspace)).sum(dim=-3)
+        if not self._coil_by_coil:
+            return (self.maps.conj() * ifft2c(self.mask * kspace)).sum(dim=-3)
+        total = 0.0
+        for coil, data in zip(self.maps, kspace.unbind(dim=-3), strict=True):
+            total = total + coil.conj() * ifft2c(self.mask * data)
+        return total
 
     def residual(
         self, image: Complex[torch.Tensor, "*batch H W"], data: Complex[torch.Tensor, "coils H W"]
@@ -117,16 +124,15 @@ class SenseOperator(LinearOperator):
 
     def normal(self, image: Complex[torch.Tensor, "*batch H W"]) -> Complex[torch.Tensor, "*batch H W"]:
         """``A^H A x`` without shift copies, and with FFTs along one axis where the mask allows."""
-        if self.device.type != "cpu":
+        if not self._coil_by_coil:
             spectrum = torch.fft.fftn(self.maps * image.unsqueeze(-3), dim=self._axes, norm="ortho")
             coils = torch.fft.ifftn(spectrum.mul_(self._shifted_mask), dim=self._axes, norm="ortho")
             return torch.einsum("chw,...chw->...hw", self.maps.conj(), coils)
-        # One coil at a time stays within a processor's cache: 2 to 4 times faster, with memory for one coil.
-        total = torch.zeros_like(image)
+        total = torch.zeros_like(image, dtype=torch.result_type(self.maps, image))
         for coil in self.maps:
             spectrum = torch.fft.fftn(coil * image, dim=self._axes, norm="ortho")
             seen = torch.fft.ifftn(spectrum.mul_(self._shifted_mask), dim=self._axes, norm="ortho")
-            total.addcmul_(coil.conj(), seen)
+            total = total.addcmul_(coil.conj(), seen)
         return total
 
     def circulant(self) -> Float[torch.Tensor, "H W"]:

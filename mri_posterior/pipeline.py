@@ -83,12 +83,7 @@ def reconstruct_volume(config: ReconstructionConfig, plan: Plan, prior) -> Path:
                 per_slice[name].append(value)
             write_slice_panel(config, prepared, summary)
 
-    if "disagreeing_share" in per_slice:
-        log.info(
-            "chains disagree (R-hat above %.1f) in %.0f %% of the pixels, from several modes or few final steps",
-            DISAGREE,
-            100 * np.mean(per_slice["disagreeing_share"]),
-        )
+    warn_of_disagreement(per_slice)
     reconstruction = np.abs(np.stack(kept["mean"])).astype(np.float32)
     # Against each reference there is; the two are never mixed.
     metrics = {name: image_metrics(target, reconstruction) for name, target in stack_references(references).items()}
@@ -126,6 +121,25 @@ def slice_report(result: PosteriorSamples) -> dict[str, float]:
     if result.chains is not None:
         report["disagreeing_share"] = disagreeing_share(result.chains)
     return report
+
+
+def warn_of_disagreement(per_slice: dict[str, list[float]]) -> None:
+    """Log when chains remember where they came from, or when a population is too small for its posterior."""
+    disagreeing = np.mean(per_slice.get("disagreeing_share", [0.0]))
+    if disagreeing > 0.05:
+        log.warning(
+            "chains disagree (R-hat above %g) in %.0f %% of the pixels: raise sampler.final_steps; where that does not "
+            "help the posterior has several modes, whose shares only sampler.name=tempered_smc finds",
+            DISAGREE,
+            100 * disagreeing,
+        )
+    smallest = min(per_slice.get("effective_size", [1.0]))
+    if smallest < 0.1:
+        log.warning(
+            "tempered_smc: the effective sample size fell to %.2f of the population, so its samples descend from few "
+            "draws of the prior: raise samples and sampler.levels, or use annealed_langevin",
+            smallest,
+        )
 
 
 def summarise(samples: Complex[np.ndarray, "n h w"], level: float) -> dict[str, np.ndarray]:

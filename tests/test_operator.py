@@ -57,6 +57,18 @@ def test_single_precision_follows_the_maps_dtype(generator):
     assert torch.allclose(operator.normal(x), operator.adjoint(operator.forward(x)), atol=1e-5)
 
 
+@pytest.mark.parametrize("lines", [True, False])
+def test_all_coils_at_once_and_one_by_one_are_the_same_operator(generator, lines):
+    """GPUs take one way, processors the other."""
+    operator = operator_for((8, 9), 3, lines, 1)
+    x, y = white(generator, 2, 8, 9), white(generator, 2, 3, 8, 9)
+    normal, adjoint = operator.normal(x), operator.adjoint(y)
+    operator._coil_by_coil = not operator._coil_by_coil
+    # Rounding of double precision.
+    assert torch.allclose(operator.normal(x), normal, atol=1e-13)
+    assert torch.allclose(operator.adjoint(y), adjoint, atol=1e-13)
+
+
 def test_vector_jacobian_product_is_the_adjoint(generator):
     operator = operator_for((8, 9), 2, False, 1)
     x, y = white(generator, 8, 9).requires_grad_(), white(generator, 2, 8, 9)

@@ -65,6 +65,7 @@ def test_gaussian_posterior_and_evidence():
     assert result.report["log_evidence"] == pytest.approx(float(exact), abs=5 * math.sqrt(sampler.levels / n))
     assert result.report["tempered_eta"] == pytest.approx(0.3)
     assert result.report["effective_size"] >= 0.49
+    assert result.chains is None, "particles that share ancestors agree whether they are right or not"
 
 
 @pytest.mark.parametrize("modes", [2, 5])

@@ -119,7 +119,7 @@ def sample(
         if not torch.isfinite(change):
             raise SamplingFailed(f"{sampler.name} diverged in {step.phase} level {step.level}: lower sampler.h")
         records.append(StepRecord(step.phase, step.sigma, step.eta, float(change), state.report()))
-        if step == plan[-1]:
+        if step == plan[-1] and not state.interacting:
             moments.add(state.x)
         progress(done, len(plan))
     return PosteriorSamples(state.x, counter.calls, records, sampler.sigma_min, seeds, state.report(), moments.result())

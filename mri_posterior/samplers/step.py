@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from jaxtyping import Complex
@@ -38,6 +38,9 @@ class State:
 
     A sampler that carries more from step to step has a subclass of its own.
     """
+
+    interacting: ClassVar[bool] = False
+    """Whether chains depend on one another, so that comparing them says nothing."""
 
     posterior: Posterior
     x: Image

@@ -32,6 +32,8 @@ class Population(LangevinState):
     levels: of the likelihood so far.
     """
 
+    interacting = True
+
     precision: float = 0.0
     visited: tuple[Image, ...] = ()
     half_misfits: tuple[Float[torch.Tensor, n], ...] = ()
