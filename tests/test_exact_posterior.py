@@ -61,7 +61,7 @@ def test_default_sampler_has_the_closed_form_mean_and_covariance(shape, n_coils,
 
 
 @pytest.mark.parametrize(
-    "settings", [{"algorithm": 1, "levels": 12}, {"coupled_noise": False}, {"h": 1.2}, {"eta_start": 8.0, "levels": 8}]
+    "settings", [{"algorithm": 1, "levels": 12}, {"coupled_noise": False}, {"h": 1.2}, {"eta_share": 4.0, "levels": 8}]
 )
 def test_every_variant_of_the_fast_kernel_is_exact(settings):
     problem = gaussian_problem((12, 12), 2, 3, 4, 0.03)

@@ -64,7 +64,7 @@ def _runs(shape: tuple[int, int]) -> Iterator[Run]:
     yield _run(
         "Algorithm 3, guided way down: x given y",
         ring_problem(WIDTH, ETA, DATA),
-        AnnealedLangevin(algorithm=3, sigma_ws=SIGMA_WS, eta_start=4.0, final_steps=400, **kernel),
+        AnnealedLangevin(algorithm=3, sigma_ws=SIGMA_WS, final_steps=400, **kernel),
         shape,
         ("x$_0$ + $\\sigma_{ws}$ n", "after the guided way down", "after annealed Langevin: p(x | y)"),
         SIGMA_WS,

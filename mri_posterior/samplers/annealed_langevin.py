@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -46,9 +46,11 @@ class AnnealedLangevin(LangevinKernel):
     sigma_ws: noise put on the warm start: large against its error, small against the image.
     sigma_max: where Algorithm 1's reverse diffusion starts.
     diffusion_steps, guided_steps: levels of the way down, and Langevin steps at each when it is guided.
-    eta_start: the guided way down, and the annealing after it, start at measurement noise ``eta_start * noise_std``;
-        otherwise annealing starts where the likelihood is as weak as what the chain already knows.
-    levels, steps_per_level, final_steps: annealing levels, Langevin steps at each, and extra steps at the last.
+    eta_share: the guided way down anneals the measurement noise along with the prior's: ``eta_i^2 = eta^2 + (eta_share
+        sigma_i)^2``, which is how well an image still noised by ``sigma_i`` can be asked to fit. With 0 the chain is
+        pinned to the data while it is still coarse, and directions that mix slowly come out too narrow.
+    levels, steps_per_level, final_steps: annealing levels after the way down, Langevin steps at each, and extra steps
+        at the last. Unguided, annealing starts where the likelihood is as weak as what the chain already knows.
     coupled_noise: anneal on noised measurements ``y_i`` of one coupled path (the paper) rather than on ``y`` itself.
     precondition: as in `LangevinKernel`, but the way down is always at the prior's worst case: a spectrum averaged
         over the image is too bold for its flat parts while sigma is large.
@@ -63,7 +65,7 @@ class AnnealedLangevin(LangevinKernel):
     sigma_max: float = 10.0
     diffusion_steps: int = 14
     guided_steps: int = 2
-    eta_start: float = 2.0
+    eta_share: float = 1.0
     levels: int = 4
     steps_per_level: int = 1
     final_steps: int = 10
@@ -71,7 +73,7 @@ class AnnealedLangevin(LangevinKernel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "sigma_min", "sigma_ws", "sigma_max", "eta_start")
+        require_positive(self, "sigma_min", "sigma_ws", "sigma_max")
         require_at_least(self, 1, "diffusion_steps", "guided_steps", "levels", "steps_per_level")
         require_at_least(self, 0, "final_steps")
 
@@ -79,9 +81,11 @@ class AnnealedLangevin(LangevinKernel):
         """The way down to `sigma_min`, then every level's Langevin steps."""
         eta, start = posterior.noise_std, self._start_level(posterior)
         if self._is_guided:
-            first = self.eta_start * eta
-            sigmas = diffusion_levels(start, self.sigma_min, self.diffusion_steps)[:-1]
-            steps = [Step("guided", 0, s, eta=first) for s in sigmas for _ in range(self.guided_steps)]
+            sigmas = diffusion_levels(start, self.sigma_min, self.diffusion_steps)
+            etas = [math.hypot(eta, self.eta_share * sigma) for sigma in sigmas]
+            guided = zip(sigmas[:-1], etas[:-1], strict=True)
+            steps = [Step("guided", 0, s, eta=e) for s, e in guided for _ in range(self.guided_steps)]
+            first = etas[-1]
         else:
             first = max(start, eta)
             steps = diffusion_steps(start, self.sigma_min, self.diffusion_steps)
@@ -89,7 +93,8 @@ class AnnealedLangevin(LangevinKernel):
         for level, eta_level in enumerate(levels):
             count = self.steps_per_level + (self.final_steps if level == len(levels) - 1 else 0)
             steps += [Step("langevin", level, self.sigma_min, eta=eta_level)] * count
-        return steps
+        noises = _noise_levels(steps)
+        return [replace(s, level=s.level if s.eta is None else noises.index(s.eta)) for s in steps]
 
     def start(self, posterior: Posterior, streams: NoiseStreams, warm_start: Image | None) -> AnnealedLangevinState:
         shape = posterior.operator.shape
@@ -129,7 +134,7 @@ class AnnealedLangevin(LangevinKernel):
         ``y_N = y`` and backwards ``y_i = y_(i+1) + sqrt(eta_i^2 - eta_(i+1)^2) n``, n white.
         """
         operator = posterior.operator
-        etas = sorted({step.eta for step in self.plan(posterior) if step.phase == "langevin"})
+        etas = _noise_levels(self.plan(posterior))[::-1]
         path = [operator.adjoint(posterior.kspace).expand(len(streams), *operator.shape)]
         for quieter, louder in pairwise(etas):
             noise = 0.0
@@ -137,6 +142,11 @@ class AnnealedLangevin(LangevinKernel):
                 noise = math.sqrt(louder**2 - quieter**2) * operator.adjoint(streams.complex(*operator.data_shape))
             path.append(path[-1] + noise)
         return torch.stack(path[::-1])
+
+
+def _noise_levels(steps: list[Step]) -> list[float]:
+    """The measurement noises of a plan, loudest first: one coupled noised measurement each."""
+    return sorted({step.eta for step in steps if step.eta is not None}, reverse=True)
 
 
 def cg_sense(posterior: Posterior, regularisation: float = 1e-2, iterations: int = 30) -> Image:
