@@ -63,12 +63,12 @@ class AnnealedLangevin(LangevinKernel):
     sigma_min: float = 0.02
     sigma_ws: float = 0.4
     sigma_max: float = 10.0
-    diffusion_steps: int = 14
+    diffusion_steps: int = 10
     guided_steps: int = 2
     eta_share: float = 1.0
-    levels: int = 4
+    levels: int = 2
     steps_per_level: int = 1
-    final_steps: int = 10
+    final_steps: int = 20
     coupled_noise: bool = True
 
     def __post_init__(self) -> None:

@@ -29,15 +29,15 @@ def budgeted(name: str, nfe: int) -> Sampler:
 
 
 def _annealed_langevin(nfe: int) -> dict[str, Any]:
-    """Two thirds for the way down, the rest at the last level but for a few in annealing."""
+    """Half for the way down, the rest at the last level but for a few in annealing."""
     # With fewer than this the preconditioner has to do without what it would have learnt.
     learns = nfe >= 20
     steps = nfe - LEARNING if learns else nfe
-    diffusion_steps = max(1, steps // 3)
+    diffusion_steps = max(1, steps // 4)
     rest = steps - 2 * diffusion_steps
     if rest < 1:
         return {"diffusion_steps": 1, "guided_steps": 1, "levels": 1, "final_steps": nfe - 2, "precondition": "scalar"}
-    levels = min(max(1, round(rest * 2 / 7)), 16)
+    levels = min(max(1, round(rest / 11)), 16)
     settings = {"diffusion_steps": diffusion_steps, "levels": levels, "final_steps": rest - levels}
     return settings if learns else settings | {"precondition": "scalar"}
 
