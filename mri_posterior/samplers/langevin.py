@@ -25,9 +25,10 @@ STABLE = 1.6
 """Largest product of step and curvature that is trusted: at 2 steps diverge, and power iteration errs low."""
 
 CAP = 1 / 8
-"""Where it is not, the largest spectrum over ``sigma^2``: the prior being nowhere stiffer than ``1/sigma^2``, curvatures
-stay below ``1 + CAP``. Stability alone would allow 1, but a learned prior is not Gaussian: at half, posteriors of
-nearly empty images had 15 % too much energy where nothing was measured (`benchmarks.learned_prior_calibration`).
+"""Where it is not, the largest spectrum over ``sigma^2``: the prior being nowhere stiffer than ``1/sigma^2``,
+curvatures stay below ``1 + CAP``. Stability alone would allow 1, but a learned prior is not Gaussian: at half,
+posteriors of nearly empty images had 15 % too much energy where nothing was measured
+(`benchmarks.learned_prior_calibration`).
 """
 
 
