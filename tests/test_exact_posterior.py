@@ -125,7 +125,7 @@ def test_euler_kernel_inflates_variance_as_theory_says():
     # The preconditioner's spectrum is an estimate, so the curvature lambda varies around 1: 10 % of the excess of 1/3.
     assert float(unit.abs().square().mean()) / 2 == pytest.approx(2 / (2 - 0.5), abs=0.04)
     # The mean's chi-squared, which comes first, grows by the same factor.
-    with pytest.raises(AssertionError, match="mean|variance"):
+    with pytest.raises(AssertionError, match=r"mean|variance"):
         assert_gaussian(problem, images, 0.02)
 
 
