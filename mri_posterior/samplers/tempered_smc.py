@@ -25,6 +25,7 @@ class Population(LangevinState):
 
     Attributes
     ----------
+    back_projection: ``A^H y``, the same for all levels.
     precision: ``1/eta_i^2`` of the tempered likelihood ``exp(-precision |y - A x|^2 / 2)``; 0 is the prior.
     visited, half_misfits: the particles after every move of the level, and their ``|y - A x|^2 / 2``.
     log_evidence: ``log E_p[exp(-precision |y - A x|^2 / 2)]`` so far.
@@ -34,6 +35,7 @@ class Population(LangevinState):
 
     interacting = True
 
+    back_projection: Complex[torch.Tensor, "H W"] | None = None
     precision: float = 0.0
     visited: tuple[Image, ...] = ()
     half_misfits: tuple[Float[torch.Tensor, n], ...] = ()
@@ -113,7 +115,8 @@ class TemperedSMC(LangevinKernel):
 
     def start(self, posterior: Posterior, streams: NoiseStreams, warm_start: Image | None) -> Population:
         refuse_terms(self, posterior)
-        return Population(posterior, self.sigma_max * streams.complex(*posterior.operator.shape))
+        x = self.sigma_max * streams.complex(*posterior.operator.shape)
+        return Population(posterior, x, back_projection=posterior.operator.adjoint(posterior.kspace))
 
     def step(self, streams: NoiseStreams, state: Population, step: Step) -> Population:
         if step.phase == "diffusion":
@@ -127,9 +130,8 @@ class TemperedSMC(LangevinKernel):
             return self._temper(streams, state, last=step.level == self.levels - 1)
         if step != state.entered:
             state = replace(self.enter(streams, state, replace(step, eta=state.eta)), entered=step)
-        posterior = state.posterior
-        back_projection = posterior.operator.adjoint(posterior.kspace)
-        return _visit(self.move(streams, state, posterior.score(state.x, step.sigma, back_projection, state.eta)))
+        drift = state.posterior.score(state.x, step.sigma, state.back_projection, state.eta)
+        return _visit(self.move(streams, state, drift))
 
     def _temper(self, streams: NoiseStreams, state: Population, last: bool) -> Population:
         """Raise the likelihood, weight all states of the level by its exact ratio, resample the population."""
