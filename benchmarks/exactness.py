@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.paper import style
 from mri_posterior.distances import monte_carlo_floor, sliced_wasserstein
 from mri_posterior.exact import (
     GaussianProblem,
@@ -93,7 +94,7 @@ def distance_score(problem: MixtureProblem | RingProblem, images: torch.Tensor, 
 
 @dataclass(frozen=True)
 class Case:
-    """A problem of the suite, its number of samples and the largest budget worth its time."""
+    """A problem of the suite and its number of samples."""
 
     title: str
     problem: GaussianProblem | MixtureProblem | RingProblem
@@ -126,11 +127,10 @@ def table(scores: Iterable[Score]) -> str:
     """A Markdown table; a sampler that diverged has dashes."""
     scores = list(scores)
     columns = next((list(s.figures) for s in scores if s.figures), [])
-    lines = ["| sampler | evaluations | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-    for score in scores:
-        cells = [f"{score.figures[c]:.3g}" if c in score.figures else "-" for c in columns]
-        lines.append(f"| {score.sampler} | {score.evaluations} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [
+        (s.sampler, s.evaluations, *(f"{s.figures[c]:.3g}" if c in s.figures else "-" for c in columns)) for s in scores
+    ]
+    return style.table(("sampler", "evaluations", *columns), rows)
 
 
 def summary(results: dict[str, list[Score]]) -> str:
@@ -144,16 +144,13 @@ def summary(results: dict[str, list[Score]]) -> str:
         (modes, "distance / floor", "distance"),
         (ring, "distance / floor", "ring: distance"),
     ]
-    lines = [
-        "| sampler | evaluations | " + " | ".join(heading for *_, heading in columns) + " |",
-        "|---" * (len(columns) + 2) + "|",
-    ]
+    rows = []
     for name in dict.fromkeys(score.sampler for score in results[gaussian]):
         runs = [i for i, score in enumerate(results[gaussian]) if score.sampler == name]
         for i in sorted({runs[0], runs[-1]}):
             cells = [f"{results[t][i].figures.get(key, float('nan')):.3g}" for t, key, _ in columns]
-            lines.append(f"| {name} | {results[gaussian][i].evaluations} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append((name, results[gaussian][i].evaluations, *cells))
+    return style.table(("sampler", "evaluations", *(heading for *_, heading in columns)), rows)
 
 
 def put_between(path: Path, marker: str, text: str) -> None:
