@@ -54,7 +54,7 @@ def evaluate_volume(path: Path, result_path: Path, baselines: tuple[str, ...]) -
         raise UserError(f"{result_path}: does not say how it was made: reconstruct {path.name} again")
     tree = yaml.safe_load(result.attrs["config"])
     made_with = parse_config(ReconstructionConfig, tree, f"{result_path} (attribute config)")
-    plan = plan_volume(made_with, path, load_prior(made_with.prior.name))
+    plan = plan_volume(made_with, path, load_prior(made_with.prior.name, made_with.prior.adapter))
     images: dict[str, list] = {"posterior_mean": list(result.reconstruction)}
     if result.samples is not None:
         images["one_sample"] = list(np.abs(result.samples[:, 0]))

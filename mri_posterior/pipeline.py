@@ -25,7 +25,7 @@ from mri_posterior.operator import SenseOperator
 from mri_posterior.panels import PanelImages, panel_title, write_panel
 from mri_posterior.posterior import Posterior, PosteriorSamples, join_batches
 from mri_posterior.preparation import Plan, PreparedSlice, prepare, stack_references
-from mri_posterior.priors import prior_folder
+from mri_posterior.priors import prior_files
 from mri_posterior.progress import progress_view
 from mri_posterior.samplers import sample
 from mri_posterior.slices import MultiCoilSlice
@@ -191,8 +191,11 @@ def check_output(config: ReconstructionConfig, plans: list[Plan]) -> None:
 
 
 def prior_digest(name: str) -> str:
-    """SHA-256 of the prior's weights, so that an output says which prior made it."""
-    return hashlib.sha256((prior_folder(name) / "model.safetensors").read_bytes()).hexdigest()
+    """SHA-256 of the prior's files, so that an output says which prior made it."""
+    digest = hashlib.sha256()
+    for path in prior_files(name):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 class _Timed:

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Everything a user can get wrong is checked for every volume before the first is sampled."""
     options = cli.parser("reconstruct", "Draw samples of the posterior p(image | k-space).").parse_args(arguments)
     config = load_config(ReconstructionConfig, options.config, cli.overrides(options))
-    prior = load_prior(config.prior.name).to(pick_device(config.device))
+    prior = load_prior(config.prior.name, config.prior.adapter).to(pick_device(config.device))
     plans = [plan_volume(config, path, prior) for path in input_volumes(config)]
     for plan in plans:
         check_slices(plan)

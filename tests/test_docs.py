@@ -17,8 +17,9 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
     return [(text[: match.start(1)].count("\n") + 1, match[1]) for match in found]
 
 
-@pytest.mark.parametrize("name", ["library.md"])
-def test_python_blocks_run_in_order(name, capsys):
+@pytest.mark.parametrize(("name", "printed"), [("library.md", "langevin"), ("priors.md", "prior:")])
+def test_python_blocks_run_in_order(name, printed, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write files
     path = DOCS / name
     blocks = python_blocks(path.read_text())
     assert blocks
@@ -27,4 +28,4 @@ def test_python_blocks_run_in_order(name, capsys):
         for line, code in blocks:
             # Blank lines in front, so that a traceback names the document's own line.
             exec(compile("\n" * (line - 1) + code, str(path), "exec"), namespace)
-    assert "langevin" in capsys.readouterr().out
+    assert printed in capsys.readouterr().out

@@ -107,7 +107,7 @@ class NetworkPrior(torch.nn.Module):
         channels = functional.pad(channels, (0, right, 0, below), mode=mode)
         packed = functional.pixel_unshuffle(channels, self.config.patch).contiguous(memory_format=torch.channels_last)
         # A tenth of a nat of sigma turns the fastest sinusoid of the embedding by one radian.
-        output = self.unet(packed, 10 * sigma.log()).sample
+        output = self.unet(packed, 10 * sigma.log()).sample.to(channels.dtype)  # mixed precision ends here
         channels = functional.pixel_shuffle(output, self.config.patch)[..., :height, :width]
         return torch.view_as_complex(channels.movedim(1, -1).contiguous())
 
