@@ -5,21 +5,24 @@ from __future__ import annotations
 import difflib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_type_hints
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from mri_posterior.coils import CoilConfig
 from mri_posterior.errors import UserError
 from mri_posterior.masks import MaskConfig
 from mri_posterior.measurement import NoiseConfig
+from mri_posterior.priors.adapted import AdapterConfig
 from mri_posterior.priors.network import NetworkConfig
 from mri_posterior.samplers import SAMPLERS, AnnealedLangevin, TemperedSMC
 
 Config = TypeVar("Config")
 AnySampler = Annotated[Union[tuple(SAMPLERS.values())], Field(discriminator="name")]  # noqa: UP007 (built at run time)
 Device = Literal["auto", "cpu", "cuda", "mps"]
+# YAML 1.1 reads a bare `no` as false.
+Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)]
 
 
 @dataclass(frozen=True)
@@ -28,15 +31,17 @@ class PriorConfig:
 
     Attributes
     ----------
-    name: a shipped prior or a directory written by ``train``.
+    name: a shipped prior, a directory written by ``train``, or a network of another library.
     assumed_voxel_size_mm: used, with a log line, where the file's header has no field of view. Without it such
         a file is an error: a prior at the wrong resolution gives wrong anatomy.
+    adapter: what a network of another library cannot say of itself.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
 
     name: str
     assumed_voxel_size_mm: float | None = None
+    adapter: AdapterConfig | None = None
 
     def __post_init__(self) -> None:
         if self.assumed_voxel_size_mm is not None and not self.assumed_voxel_size_mm > 0:
@@ -94,32 +99,68 @@ class TrainingConfig:
 
     Attributes
     ----------
-    dataset: ``magnitude`` reads a file of magnitude slices (`input`, see `training_data`), ``knee_phantom``
-        generates simulated knees without end.
+    dataset: ``magnitude`` reads a file of magnitude slices (`input`, see `training_data`), ``complex`` what
+        ``prepare_training`` wrote (see `training_cache`), ``knee_phantom`` generates simulated knees without end.
     network: the architecture and what the model card says of it.
+    init_from: a prior (name or directory) of the same network whose weights training starts from; None starts from
+        random ones.
     crop: rows and columns the network trains on.
-    batch, steps, learning_rate, warmup, ema: the optimiser (Adam, cosine decay to zero over `steps`).
+    batch: images per step, over all processes.
+    micro_batch: images that are drawn and sent through the network at once; it divides `batch`, and the processes share
+        the micro-batches. Draws depend on it, never on the number of processes. None means the whole batch.
+    steps, learning_rate, warmup, clip, ema: the optimiser: Adam, linear warm-up, cosine decay to zero over `steps`,
+        gradients clipped to a norm of `clip`, moving average of the weights with decay `ema`.
+    precision: of the network's convolutions; weights, loss and optimiser stay in single precision. Half precision
+        (``bf16``, ``fp16``) needs a GPU.
+    compile: the network through ``torch.compile``: minutes at the start, faster steps on a GPU.
+    workers: threads per process that draw batches ahead; 0 draws each when it is needed, None is 2 on a GPU and 0 on a
+        CPU, where the network leaves no core idle. The draws are the same.
     seed: step `n` draws the same data and noise in a resumed run as in an unbroken one.
+    checkpoint_every: steps from one checkpoint to the next.
+    validate_every, sheet_every: steps from one validation, and one sheet of `sheet_images` unconditional samples, to
+        the next; 0 means never.
     report_images: held-out images that the finished prior's errors are measured on (see `score_error`).
+
+    Raises
+    ------
+    UserError: `micro_batch` does not divide `batch`.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    dataset: Literal["magnitude", "knee_phantom"] = "magnitude"
+    dataset: Literal["magnitude", "complex", "knee_phantom"] = "magnitude"
     input: str | None = None
     output: str = "priors/new"
     network: NetworkConfig = field(default_factory=NetworkConfig)
+    init_from: str | None = None
     title: str = "prior"
     crop: tuple[int, int] = (120, 96)
-    batch: int = 16
-    steps: int = 8000
-    learning_rate: float = 6e-4
-    warmup: int = 300
-    ema: float = 0.999
+    batch: Annotated[int, Field(ge=1)] = 16
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
+    steps: Annotated[int, Field(ge=1)] = 8000
+    learning_rate: Annotated[float, Field(gt=0)] = 6e-4
+    warmup: Annotated[int, Field(ge=1)] = 300
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    precision: Precision = "no"
+    compile: bool = False
+    workers: Annotated[int, Field(ge=0)] | None = None
     seed: int = 0
-    checkpoint_every: int = 250
-    report_images: int = 1024
+    checkpoint_every: Annotated[int, Field(ge=1)] = 250
+    validate_every: Annotated[int, Field(ge=0)] = 1000
+    sheet_every: Annotated[int, Field(ge=0)] = 2000
+    sheet_images: Annotated[int, Field(ge=1)] = 8
+    report_images: Annotated[int, Field(ge=1)] = 1024
     device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        if self.micro_batch is not None and self.batch % self.micro_batch:
+            raise UserError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}: set one that does")
+
+    @property
+    def micro_batches(self) -> int:
+        """How many make a batch."""
+        return 1 if self.micro_batch is None else self.batch // self.micro_batch
 
 
 def config_path(name_or_path: str) -> Path:
@@ -214,6 +255,7 @@ def _explain(cls: type, problem: dict[str, Any]) -> str:
             known = SAMPLERS[parent]  # pydantic puts the chosen sampler's name into the path
             continue
         known = get_type_hints(known).get(parent) if is_dataclass(known) else None
+        known = next((option for option in get_args(known) if is_dataclass(option)), known)  # of an optional group
         path.append(parent)
     key = ".".join([*path, last])
     if problem["type"] not in ("unexpected_keyword_argument", "extra_forbidden"):

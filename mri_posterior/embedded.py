@@ -19,7 +19,7 @@ from jaxtyping import Complex, Float
 
 from mri_posterior.errors import UserError
 from mri_posterior.files import atomic_path, require_free_space
-from mri_posterior.phantoms import brain_slices, knee_phantom, smooth_phase
+from mri_posterior.phantoms import SAMPLE_HEIGHTS_MM, brain_slices, knee_phantom, smooth_phase
 
 SampleName = Literal["knee", "brain"]
 
@@ -50,7 +50,7 @@ def _knees(shape: tuple[int, int]) -> Float[np.ndarray, "slices H W"]:
 
 
 def _brain(shape: tuple[int, int]) -> Float[np.ndarray, "slices H W"]:
-    return brain_slices(shape, (-10.0, 10.0, 30.0, 50.0))
+    return brain_slices(shape, SAMPLE_HEIGHTS_MM)
 
 
 _SAMPLES = {

@@ -47,6 +47,10 @@ def knee_phantom(shape: tuple[int, int], rng: np.random.Generator) -> Float[np.n
     return np.clip(image * canvas.coverage(leg) * rng.uniform(0.8, 1.0), 0, 1.25).astype(np.float32)
 
 
+SAMPLE_HEIGHTS_MM = (-10.0, 10.0, 30.0, 50.0)
+"""Of the embedded brain sample's slices."""
+
+
 def brain_slices(shape: tuple[int, int], z_mm: Sequence[float]) -> Float[np.ndarray, "slices H W"]:
     """Axial T1 slices of a real head without downloading anything: the MNI152 template that nilearn ships.
 
@@ -67,20 +71,41 @@ def brain_slices(shape: tuple[int, int], z_mm: Sequence[float]) -> Float[np.ndar
     ------
     UserError: nilearn is not installed, or a height outside of the template.
     """
+    slices, heights = _mni152()
+    # Every second voxel is what nilearn's own 2 mm version is, less the specks of 1e-16 that its resampling leaves.
+    slices, heights = slices[::2, ::2, ::2], heights[::2]
+    indices = np.rint((np.asarray(z_mm, dtype=float) - heights[0]) / 2).astype(int)
+    outside = [z for z, k in zip(z_mm, indices, strict=True) if not 0 <= k < len(slices)]
+    if outside:
+        raise UserError(f"z_mm {outside}: outside of the MNI152 template (-72 to 116 mm)")
+    slices = slices[indices]
+    framed = np.stack([_centred(s, shape) for s in slices])
+    return framed / np.percentile(framed, 99).astype(np.float32)
+
+
+def brain_template() -> Float[np.ndarray, "slices H W"]:
+    """The MNI152 template's axial slices at 1 mm, to train on: from -60 to 75 mm, but for 4 mm around those of the
+    embedded brain sample, which would otherwise be judged on what was learnt by heart.
+
+    Raises
+    ------
+    UserError: nilearn is not installed.
+    """
+    slices, heights = _mni152()
+    apart = np.abs(heights[:, None] - np.array(SAMPLE_HEIGHTS_MM)).min(axis=1)
+    return np.ascontiguousarray(slices[(heights > -60) & (heights < 75) & (apart > 4)])
+
+
+def _mni152() -> tuple[Float[np.ndarray, "slices H W"], Float[np.ndarray, " slices"]]:
+    """The template's axial slices, rows anterior to posterior and columns left to right, and their heights in mm."""
     try:
         from nilearn.datasets import load_mni152_template
     except ImportError:
-        raise UserError('the brain sample needs nilearn: pip install "mri-posterior[samples]"') from None
+        raise UserError('the brain template needs nilearn: pip install "mri-posterior[samples]"') from None
     template = load_mni152_template(resolution=1)  # from a file inside the package
-    # Every second voxel is what nilearn's own 2 mm version is, less the specks of 1e-16 that its resampling leaves.
-    volume = np.asarray(template.dataobj, dtype=np.float32)[::2, ::2, ::2]
-    indices = np.rint((np.asarray(z_mm, dtype=float) - template.affine[2, 3]) / 2).astype(int)
-    outside = [z for z, k in zip(z_mm, indices, strict=True) if not 0 <= k < volume.shape[2]]
-    if outside:
-        raise UserError(f"z_mm {outside}: outside of the MNI152 template (-72 to 116 mm)")
-    slices = volume[:, ::-1, indices].transpose(2, 1, 0).clip(0)  # the template's axes point right, anterior, superior
-    framed = np.stack([_centred(s, shape) for s in slices])
-    return framed / np.percentile(framed, 99).astype(np.float32)
+    volume = np.asarray(template.dataobj, dtype=np.float32)  # axes point right, anterior and superior
+    heights = template.affine[2, 2] * np.arange(volume.shape[2]) + template.affine[2, 3]
+    return volume[:, ::-1].transpose(2, 1, 0).clip(0), heights
 
 
 def smooth_phase(shape: tuple[int, int], rng: np.random.Generator, strength: float) -> Complex[np.ndarray, "H W"]:

@@ -14,7 +14,7 @@ from mri_posterior.embedded import sample_volume
 from mri_posterior.errors import UserError
 from mri_posterior.masks import make_mask
 from mri_posterior.measurement import image_crop, prepare_slice, resample
-from mri_posterior.priors import NetworkPrior
+from mri_posterior.priors import AdaptedPrior, NetworkPrior
 from mri_posterior.slices import MultiCoilSlice
 from mri_posterior.volumes import Volume, list_volumes, open_volume, read_kspace, read_target
 
@@ -48,7 +48,7 @@ def input_volumes(config: ReconstructionConfig) -> list[Path]:
     return [sample_volume(config.sample)]
 
 
-def plan_volume(config: ReconstructionConfig, path: Path, prior: NetworkPrior) -> Plan:
+def plan_volume(config: ReconstructionConfig, path: Path, prior: NetworkPrior | AdaptedPrior) -> Plan:
     """Open a volume and settle slices and resolution before anything is computed.
 
     Raises
@@ -64,7 +64,7 @@ def plan_volume(config: ReconstructionConfig, path: Path, prior: NetworkPrior) -
 
 
 def prior_grid(
-    config: ReconstructionConfig, volume: Volume, shape: tuple[int, int], prior: NetworkPrior
+    config: ReconstructionConfig, volume: Volume, shape: tuple[int, int], prior: NetworkPrior | AdaptedPrior
 ) -> tuple[int, int] | None:
     """The part of k-space that the prior can speak about: None for all, fewer rows and columns for finer data.
 
@@ -91,13 +91,19 @@ def prior_grid(
     if min(voxel) >= 0.98 * finest:
         return None
     nominal = (finest * coarsest) ** 0.5
-    grid = tuple(min(n, 2 * round(n * v / nominal / 2)) for n, v in zip(shape, voxel, strict=True))
+    grid = grid_of_voxels(shape, voxel, nominal)
     if min(grid) < 16:
         raise UserError(
             f"{volume.path}: {min(voxel):g} mm voxels leave {grid[0]} x {grid[1]} pixels: check voxel_size_mm"
         )
     log.info("%s: reconstructing the centre %dx%d of %dx%d k-space, %.2g mm", volume.name, *grid, *shape, nominal)
     return grid
+
+
+def grid_of_voxels(shape: tuple[int, int], voxel: tuple[float, float], wanted: float) -> tuple[int, int]:
+    """Rows and columns of the k-space centre that has voxels of `wanted` mm: even, no more than there are."""
+    rows, columns = (min(n, 2 * round(n * v / wanted / 2)) for n, v in zip(shape, voxel, strict=True))
+    return rows, columns
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from mri_posterior.config import (
 )
 from mri_posterior.errors import UserError
 from mri_posterior.samplers import SAMPLERS, AnnealedLangevin, ReverseDiffusion
+from mri_posterior.training_plan import TrainingSetConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
@@ -40,7 +41,8 @@ def refusal(call, *arguments) -> str:
 
 
 def kind_of(path: Path) -> type:
-    return TrainingConfig if path.name.startswith("train_") else ReconstructionConfig
+    kinds = {"train": TrainingConfig, "prepare": TrainingSetConfig}
+    return kinds.get(path.name.split("_")[0], ReconstructionConfig)
 
 
 # Loading
