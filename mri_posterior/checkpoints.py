@@ -77,8 +77,8 @@ def save_checkpoint(
 ) -> None:
     """Write the state after `step` steps to ``training_state.safetensors`` in ``config.output``, whole or not at all.
 
-    Tensors are ``weights.*``, ``average.*`` and ``adam.<parameter>.<moment>``; metadata hold the step, the settings
-    that make the run what it is, and the loss scale of ``fp16``.
+    Tensors are ``weights.*``, ``average.*`` and ``optimiser.<parameter>.<moment>``; metadata hold the step, the
+    settings that make the run what it is, and the loss scale of ``fp16``.
 
     Raises
     ------
@@ -89,7 +89,7 @@ def save_checkpoint(
     tensors = {f"weights.{k}": v for k, v in prior.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in average.state_dict().items()}
     for i, state in optimiser.state_dict()["state"].items():
-        tensors |= {f"adam.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
+        tensors |= {f"optimiser.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
     metadata = {"step": str(step), "config": json.dumps(_identity(config))}
     if scaler is not None:
         metadata["scaler"] = json.dumps(scaler.state_dict())
@@ -134,7 +134,7 @@ def load_checkpoint(
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
     state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in part("adam.").items():
+    for key, value in part("optimiser.").items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     try:

@@ -104,12 +104,16 @@ class TrainingConfig:
     network: the architecture and what the model card says of it.
     init_from: a prior (name or directory) of the same network whose weights training starts from; None starts from
         random ones.
-    crop: rows and columns the network trains on.
+    template_share: of the ``magnitude`` images, how many show the 1 mm MNI152 brain instead (see `MagnitudeSlices`).
+    crop, late_crop, late_steps: rows and columns the network trains on, and on which for the last `late_steps` steps.
+        Small windows teach local detail in a third of the time; whole images at the end teach where things are.
+        Validation and report use the late ones.
     batch: images per step, over all processes.
     micro_batch: images that are drawn and sent through the network at once; it divides `batch`, and the processes share
         the micro-batches. Draws depend on it, never on the number of processes. None means the whole batch.
-    steps, learning_rate, warmup, clip, ema: the optimiser: Adam, linear warm-up, cosine decay to zero over `steps`,
-        gradients clipped to a norm of `clip`, moving average of the weights with decay `ema`.
+    optimiser: ``muon`` (see `optimiser`) or ``adam``.
+    steps, learning_rate, warmup, clip, ema: linear warm-up, cosine decay to zero over `steps`, gradients clipped to a
+        norm of `clip`, moving average of the weights with decay `ema`.
     precision: of the network's convolutions; weights, loss and optimiser stay in single precision. Half precision
         (``bf16``, ``fp16``) needs a GPU.
     compile: the network through ``torch.compile``: minutes at the start, faster steps on a GPU.
@@ -134,12 +138,16 @@ class TrainingConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     init_from: str | None = None
     title: str = "prior"
+    template_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     crop: tuple[int, int] = (120, 96)
+    late_crop: tuple[int, int] | None = None
+    late_steps: Annotated[int, Field(ge=0)] = 0
     batch: Annotated[int, Field(ge=1)] = 16
     micro_batch: Annotated[int, Field(ge=1)] | None = None
     steps: Annotated[int, Field(ge=1)] = 8000
-    learning_rate: Annotated[float, Field(gt=0)] = 6e-4
-    warmup: Annotated[int, Field(ge=1)] = 300
+    optimiser: Literal["muon", "adam"] = "muon"
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    warmup: Annotated[int, Field(ge=1)] = 50
     clip: Annotated[float, Field(gt=0)] = 1.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     precision: Precision = "no"
@@ -156,6 +164,17 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise UserError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}: set one that does")
+        if self.late_steps and self.late_crop is None:
+            raise UserError(f"late_steps {self.late_steps} without late_crop: set the size of their images")
+
+    @property
+    def whole(self) -> tuple[int, int]:
+        """Rows and columns of the images that the prior is judged on."""
+        return self.late_crop or self.crop
+
+    def crop_at(self, step: int) -> tuple[int, int]:
+        """Rows and columns of step `step`, counted from 0."""
+        return self.whole if step >= self.steps - self.late_steps else self.crop
 
     @property
     def micro_batches(self) -> int:

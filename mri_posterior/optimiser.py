@@ -75,3 +75,10 @@ class Muon(torch.optim.Optimizer):
         state["square"].lerp_(parameter.grad.square(), 1 - second)
         scale = (state["square"] / (1 - second**step)).sqrt() + group["eps"]
         parameter.addcdiv_(state["mean"], scale, value=-group["lr"] / (1 - first**step))
+
+
+def adam(network: torch.nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    return torch.optim.Adam(network.parameters(), lr=learning_rate, betas=(0.9, 0.99))
+
+
+OPTIMISERS = {"muon": Muon, "adam": adam}

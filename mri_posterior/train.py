@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from mri_posterior import cli
 from mri_posterior.config import TrainingConfig, dump_config, load_config
-from mri_posterior.training import open_training_data, report, train
+from mri_posterior.training import draw_micro_batch, train
+from mri_posterior.training_report import open_training_data, report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     config = load_config(TrainingConfig, options.config, cli.overrides(options))
     if options.dry_run:
-        open_training_data(config).batch((config.seed, 0), config.batch, config.crop)
+        draw_micro_batch(config, open_training_data(config), step=0, index=0)
         print(dump_config(config), end="")
         return 0
     if options.report_only:

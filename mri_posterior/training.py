@@ -1,45 +1,103 @@
-"""Denoising score matching: the loop that makes a prior, resumable after any interruption."""
+"""Denoising score matching: the loop that makes a prior, on one device or many, resumable after any interruption."""
 
 from __future__ import annotations
 
-import json
+import copy
 import logging
 import math
-import time
-from dataclasses import asdict
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from jaxtyping import Complex, Float
 
+from mri_posterior.checkpoints import load_checkpoint, load_initial_weights, save_checkpoint
 from mri_posterior.config import TrainingConfig
 from mri_posterior.device import pick_device
 from mri_posterior.errors import UserError
 from mri_posterior.files import atomic_path
 from mri_posterior.noise import stable_seed
-from mri_posterior.priors.network import NetworkPrior
-from mri_posterior.score_error import SHARES, ScoreErrorBounds, bounds
-from mri_posterior.training_data import KneePhantoms, MagnitudeSlices, TrainingData
+from mri_posterior.optimiser import OPTIMISERS
+from mri_posterior.priors.network import NetworkConfig, NetworkPrior
+from mri_posterior.training_data import TrainingData
+from mri_posterior.training_report import (
+    Pace,
+    TrainingLog,
+    model_card,
+    open_training_data,
+    prior_samples,
+    report,
+    validation_loss,
+)
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 log = logging.getLogger("mri_posterior")
-VALIDATION_SIGMAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 3.0)
+Key = TypeVar("Key")
+Drawn = TypeVar("Drawn")
+MicroBatch = tuple[Complex[torch.Tensor, "n H W"], Float[torch.Tensor, " n"], Complex[torch.Tensor, "n H W"]]
 
 
-def open_training_data(config: TrainingConfig) -> TrainingData:
-    return KneePhantoms() if config.dataset == "knee_phantom" else MagnitudeSlices(config.input)
-
-
-def draw_sigma(n: int, prior: NetworkPrior, generator: torch.Generator) -> torch.Tensor:
+def draw_sigma(n: int, network: NetworkConfig, generator: torch.Generator) -> Float[torch.Tensor, n]:
     """Noise levels to train on: mostly log-normal where images are decided, a fifth log-uniform over the whole range.
 
     The sampler spends its evaluations between 0.3 and 0.01, hence a centre lower than EDM's for natural images.
     """
-    low, high = math.log(prior.config.sigma_min), math.log(prior.config.sigma_max)
+    low, high = math.log(network.sigma_min), math.log(network.sigma_max)
     lognormal = math.log(0.08) + 1.3 * torch.randn(n, generator=generator)
     uniform = low + (high - low) * torch.rand(n, generator=generator)
     return torch.where(torch.rand(n, generator=generator) < 0.2, uniform, lognormal).clamp(low, high).exp()
 
 
-def denoising_loss(prior: NetworkPrior, clean: torch.Tensor, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def draw_micro_batch(config: TrainingConfig, data: TrainingData, step: int, index: int) -> MicroBatch:
+    """Clean images, noise levels and white noise (level 1 per real channel) of micro-batch `index` of a step.
+
+    All three depend on ``(seed, step, index)`` alone: which process or thread draws them, and when, is all one.
+    """
+    n = config.batch // config.micro_batches
+    crop = config.crop_at(step)
+    place = (step,) if config.micro_batches == 1 else (step, index)
+    generator = torch.Generator().manual_seed(stable_seed(config.seed, "noise", *place))
+    clean = data.batch((config.seed, *place), n, crop)
+    sigma = draw_sigma(n, config.network, generator)
+    return clean, sigma, torch.view_as_complex(torch.randn(*clean.shape, 2, generator=generator))
+
+
+def ahead(draw: Callable[[Key], Drawn], keys: Iterable[Key], workers: int) -> Iterator[Drawn]:
+    """``map(draw, keys)`` in which `workers` threads draw up to two items each ahead of their use; 0 draws on demand.
+
+    Threads, not processes: drawing is torch and scipy code that runs outside of Python's lock, nothing has to be copied
+    or to fit into shared memory, and nothing is left behind when the process is killed.
+    """
+    if workers == 0:
+        yield from map(draw, keys)
+        return
+    pending: deque[Future[Drawn]] = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="draw") as pool:
+        try:
+            for key in keys:
+                pending.append(pool.submit(draw, key))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def denoising_loss(
+    prior: NetworkPrior,
+    clean: Complex[torch.Tensor, "n H W"],
+    sigma: Float[torch.Tensor, n],
+    noise: Complex[torch.Tensor, "n H W"],
+) -> Float[torch.Tensor, n]:
     """EDM's loss, ``E lambda(sigma) |D(x + sigma n) - x|^2`` with the weight that makes the network's target
     unit-variance.
 
@@ -54,216 +112,179 @@ def denoising_loss(prior: NetworkPrior, clean: torch.Tensor, sigma: torch.Tensor
     return error.abs().square().mean(dim=(1, 2)) / 2
 
 
-@torch.no_grad()
-def validation_loss(prior: NetworkPrior, data: TrainingData, crop: tuple[int, int], n: int = 64) -> dict[str, float]:
-    """Root mean square denoising error per real channel on held-out subjects, for each of `VALIDATION_SIGMAS`."""
-    device = next(prior.parameters()).device
-    clean = data.batch(("validation",), n, crop, held_out=True).to(device)
-    generator = torch.Generator().manual_seed(stable_seed("validation"))
-    errors = {}
-    for sigma in VALIDATION_SIGMAS:
-        noise = torch.randn(*clean.shape, 2, generator=generator)
-        noisy = clean + sigma * torch.view_as_complex(noise).to(device)
-        squares = [
-            (prior(x, sigma) - c).abs().square() / 2 for x, c in zip(noisy.split(16), clean.split(16), strict=True)
-        ]
-        errors[f"{sigma:g}"] = float(torch.cat(squares).mean().sqrt())
-    return errors
+class _Loss(torch.nn.Module):
+    """`denoising_loss` as a module: gradients are averaged over processes only for what passes through `forward`."""
+
+    def __init__(self, prior: NetworkPrior):
+        super().__init__()
+        self.prior = prior
+
+    def forward(self, clean, sigma, noise):
+        return denoising_loss(self.prior, clean, sigma, noise)
 
 
 def train(config: TrainingConfig) -> Path:
     """Train a prior by denoising score matching and write its directory, from the last checkpoint if there is one.
 
-    The checkpoint (``training_state.safetensors`` beside the prior) holds weights, moving average and Adam's moments;
-    data and noise of step `n` come from ``(seed, n)``, so an interrupted run continues on the same curve.
+    Every process that ``torchrun`` or ``accelerate launch`` starts calls this; each computes its share of the
+    micro-batches of a step, gradients are averaged, and the first one alone writes. Data and noise depend on seed, step
+    and micro-batch (`draw_micro_batch`), and the checkpoint holds all the rest, so an interrupted run continues on the
+    same curve: bit for bit on a CPU, with the same number of processes and threads.
+
+    The directory gets what `NetworkPrior.save`, `report`, `save_checkpoint` and `TrainingLog` write.
 
     Raises
     ------
-    UserError: unreadable training data, or a checkpoint of another configuration.
-    FloatingPointError: the loss became NaN or infinite.
+    UserError: unreadable training data, a checkpoint of another configuration, settings that this machine or this
+        number of processes cannot serve, or a loss that became NaN or infinite (its batch is saved).
     """
-    folder = Path(config.output)
     data = open_training_data(config)
-    device = pick_device(config.device)
-    torch.manual_seed(stable_seed(config.seed, "initial weights"))
-    prior, average = NetworkPrior(config.network).to(device), NetworkPrior(config.network).to(device)
-    average.load_state_dict(prior.state_dict())
-    optimiser = torch.optim.Adam(prior.parameters(), lr=config.learning_rate, betas=(0.9, 0.99))
-    first = _load_checkpoint(folder, config, prior, average, optimiser)
-    n_parameters = sum(p.numel() for p in prior.parameters())
-    log.info("training %s: %.2f M parameters, steps %d to %d", config.title, n_parameters / 1e6, first, config.steps)
-
-    running, started = 0.0, time.monotonic()
-    for step in range(first, config.steps):
-        generator = torch.Generator().manual_seed(stable_seed(config.seed, "noise", step))
-        clean = data.batch((config.seed, step), config.batch, config.crop).to(device)
-        sigma = draw_sigma(config.batch, prior, generator).to(device)
-        noise = torch.view_as_complex(torch.randn(*clean.shape, 2, generator=generator)).to(device)
-        loss = denoising_loss(prior, clean, sigma, noise).mean()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {step}: lower learning_rate or inspect the data"
-            )
-        rate = (
-            config.learning_rate
-            * min(1, (step + 1) / config.warmup)
-            * 0.5
-            * (1 + math.cos(math.pi * step / config.steps))
-        )
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
-        optimiser.step()
-        _update_average(average, prior, min(config.ema, (1 + step) / (10 + step)))
-        running = loss.item() if step == first else 0.99 * running + 0.01 * loss.item()
-        if (step + 1) % 50 == 0:
-            seconds = (time.monotonic() - started) / (step + 1 - first)
-            left = seconds * (config.steps - step - 1) / 60
-            log.info(
-                "step %d/%d  loss %.4f  %.2f s/step  %.0f min left", step + 1, config.steps, running, seconds, left
-            )
-        if (step + 1) % config.checkpoint_every == 0:
-            _save_checkpoint(folder, config, step + 1, prior, average, optimiser)
-        if (step + 1) % (4 * config.checkpoint_every) == 0:
-            log.info("validation rms error per sigma: %s", validation_loss(average, data, config.crop))
-
-    average.save(folder, model_card(config, n_parameters, []))
+    accelerator = _accelerator(config)
+    try:
+        average = _fit(config, data, accelerator)
+        accelerator.wait_for_everyone()
+    finally:
+        accelerator.end_training()
+    if not accelerator.is_main_process:
+        return Path(config.output)
+    average.save(config.output, model_card(config, sum(p.numel() for p in average.parameters()), []))
     return report(config, data)
 
 
-def report(config: TrainingConfig, data: TrainingData | None = None) -> Path:
-    """Measure the prior in ``config.output`` on held-out images: write its ``score_error.json`` and model card anew.
+def _accelerator(config: TrainingConfig) -> Accelerator:
+    from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 
-    Weights and configuration of the prior stay as they are.
-
-    Raises
-    ------
-    UserError: no prior there, or one of another network than `config` describes; unreadable images.
-    """
-    folder = Path(config.output)
-    prior = NetworkPrior.load(folder).to(pick_device(config.device))
-    if prior.config != config.network:
-        raise UserError(f"{folder}: its config.json is of another network than this configuration: give its own")
-    data = open_training_data(config) if data is None else data
-    clean = data.batch(("validation",), config.report_images, config.crop, held_out=True)
-    clean = clean.to(next(prior.parameters()).device)
-    levels = []
-    for sigma in VALIDATION_SIGMAS:
-        levels.append(bounds(prior, clean, sigma, config.seed))
-        log.info("sigma %g: score error between %.4f and %.4f", sigma, levels[-1].least, levels[-1].most)
-    content = {
-        "definition": "e = sigma |score error| / sqrt(2 H W), per image: see mri_posterior.score_error",
-        "title": config.title,
-        "images": len(clean),
-        "crop": list(config.crop),
-        "seed": config.seed,
-        "levels": [asdict(level) for level in levels],
-    }
-    with atomic_path(folder / "score_error.json") as path:
-        path.write_text(json.dumps(content, indent=1) + "\n")
-    with atomic_path(folder / "README.md") as path:
-        path.write_text(model_card(config, sum(p.numel() for p in prior.parameters()), levels))
-    return folder
+    device = pick_device(config.device)
+    if config.precision != "no" and device.type != "cuda":
+        raise UserError(
+            f"precision {config.precision}: on a {device.type} half-precision convolutions are many times slower, not "
+            "faster: set precision to no"
+        )
+    # The other processes wait at the next step while the first validates and draws samples.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=config.precision, kwargs_handlers=[patience])
+    kind = accelerator.distributed_type
+    if kind != DistributedType.NO and not kind.value.startswith("MULTI_"):
+        raise UserError(f"{kind.value}: the network is not sharded: choose plain data parallelism in accelerate config")
+    if not accelerator.is_main_process:
+        log.setLevel(logging.WARNING)  # one voice is enough
+    return accelerator
 
 
-def model_card(config: TrainingConfig, n_parameters: int, levels: list[ScoreErrorBounds]) -> str:
-    """The prior's ``README.md``: what it is, what it saw, how well it denoises, and what it must not be used for."""
-    network = config.network
-    rows = "\n".join(_error_row(level) for level in levels)
-    n_images = levels[0].denoising.images if levels else 0
-    return f"""# {config.title}
+def _fit(config: TrainingConfig, data: TrainingData, accelerator: Accelerator) -> NetworkPrior:
+    """The loop; returns the moving average of the network."""
+    share = _own_micro_batches(config, accelerator)
+    device = accelerator.device
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(stable_seed(config.seed, "initial weights"))
+        prior = NetworkPrior(config.network)
+    if config.init_from is not None:
+        load_initial_weights(config, prior)
+    prior = prior.to(device)
+    average = copy.deepcopy(prior).requires_grad_(False)
+    if config.compile:
+        prior.unet.compile()  # in place: names of the weights stay
+    rule = OPTIMISERS[config.optimiser](prior, config.learning_rate)
+    network, optimiser = accelerator.prepare(_Loss(prior), rule)
+    first = load_checkpoint(config, prior, average, rule, accelerator.scaler)
+    _require_same_start(config, accelerator, first)
+    n_parameters = sum(p.numel() for p in prior.parameters())
+    log.info(
+        "training %s: %.2f M parameters, steps %d to %d, %d process(es) on %s",
+        config.title, n_parameters / 1e6, first, config.steps, accelerator.num_processes, device.type,
+    )  # fmt: skip
 
-A denoiser `D(x, sigma) = E[x_0 | x]` for complex MR images, used as prior by `mri_posterior`.
+    journal = TrainingLog(config.output, first) if accelerator.is_main_process else None
+    workers = (0 if device.type == "cpu" else 2) if config.workers is None else config.workers
+    keys = ((step, index) for step in range(first, config.steps) for index in share)
+    batches = ahead(lambda key: draw_micro_batch(config, data, *key), keys, workers)
+    pace = Pace(config, first, device)
+    try:
+        for step in range(first, config.steps):
+            done = step + 1
+            local = torch.zeros((), device=device)
+            for index in share:
+                clean, sigma, noise = (tensor.to(device, non_blocking=True) for tensor in next(batches))
+                with nullcontext() if index == share[-1] else accelerator.no_sync(network):
+                    loss = network(clean, sigma, noise).mean() / len(share)
+                    accelerator.backward(loss)
+                local += loss.detach()
+            loss = float(accelerator.reduce(local, "mean"))
+            gradient_norm = float(accelerator.clip_grad_norm_(prior.parameters(), config.clip))
+            # Both are the same number in every process, so all of them stop here or none does. In fp16 an infinite
+            # gradient is part of the search for the loss scale.
+            if not (math.isfinite(loss) and (math.isfinite(gradient_norm) or config.precision == "fp16")):
+                raise _not_finite(config, data, accelerator, step, loss)
+            for group in rule.param_groups:
+                group["lr"] = learning_rate(config, step)
+            optimiser.step()
+            optimiser.zero_grad()
+            _update_average(average, prior, min(config.ema, (1 + step) / (10 + step)))
+            if journal is None:
+                continue
+            journal.step(done, loss, learning_rate(config, step), gradient_norm)
+            pace.step(done, loss)
+            if config.validate_every and done % config.validate_every == 0:
+                journal.validation(done, validation_loss(average, data, config.whole))
+            if config.sheet_every and done % config.sheet_every == 0:
+                images = prior_samples(average, config.whole, config.sheet_images, config.seed)
+                if images is not None:
+                    journal.samples(done, images)
+            if done % config.checkpoint_every == 0 or done == config.steps:
+                journal.sync()
+                save_checkpoint(config, done, prior, average, rule, accelerator.scaler)
+    finally:
+        batches.close()
+        if journal is not None:
+            journal.close()
+    return average
 
-- Anatomy: {network.anatomy}
-- Training data: {network.training_data}
-- Licence of the training data: {network.licence}
-- Network: U-Net on {network.patch}x{network.patch}-unshuffled pixels, widths {list(network.channels)},
-  {network.layers} block(s) per resolution,
-  {n_parameters / 1e6:.2f} M parameters; EDM preconditioning, sigma_data {network.sigma_data}
-- Noise levels: {network.sigma_min} to {network.sigma_max} per real channel, images scaled to a 99th
-  percentile of about 1
-- Voxel size: {network.voxel_size_mm[0]} to {network.voxel_size_mm[1]} mm
-- Training: {config.steps} steps of {config.batch} images of {config.crop[0]}x{config.crop[1]}, seed {config.seed}
 
-## Denoising and score error on held-out subjects
-
-Measured on {n_images} images. *Denoising error*: root mean square of `D(x, sigma) - x_0` per real channel. *Score
-error* `e`: root mean square of `sigma * (score - true score)` per real channel, so 1 is the size of the noise's own
-score. The true score is not known, so only bounds are given. The denoising error over sigma bounds it from above,
-loosely: most of that no denoiser can know. What a few corrections, fitted to other images, take off the denoising
-error was the network's own and bounds it from below (given less two standard errors). The last columns bound
-`(E e^4)^(1/4)`, and the score error that 50, 90, 99 and 99.9 % of the images stay below.
-
-| sigma | denoising error | score error at least | at most | fourth moment | 50 % | 90 % | 99 % | 99.9 % |
-|---|---|---|---|---|---|---|---|---|
-{rows}
-
-All numbers are in `score_error.json`; `mri_posterior/score_error.py` defines them.
-
-## Limits
-
-Research only, never for diagnosis. It knows the anatomy and contrast above and nothing else: pathology, other
-contrasts, other body parts and finer voxels are outside of what it has seen, and uncertainty maps made with it do
-not include that.
-"""
+def learning_rate(config: TrainingConfig, step: int) -> float:
+    """Linear warm-up times cosine decay, at `step` counted from 0."""
+    return (
+        config.learning_rate * min(1, (step + 1) / config.warmup) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    )
 
 
-def _error_row(level: ScoreErrorBounds) -> str:
-    tails = (level.denoising.tail_means[f"{share:g}"] for share in SHARES)
-    numbers = (level.least, level.most, level.denoising.mean_fourth**0.25, *tails)
-    columns = " | ".join("-" if number is None else f"{number:.3g}" for number in numbers)
-    return f"| {level.sigma:g} | {level.sigma * level.most:.4f} | {columns} |"
+def _own_micro_batches(config: TrainingConfig, accelerator: Accelerator) -> range:
+    total, processes = config.micro_batches, accelerator.num_processes
+    if total % processes:
+        raise UserError(
+            f"{processes} processes cannot share {total} micro-batch(es) equally: set micro_batch so that batch / "
+            f"micro_batch ({config.batch} / {config.batch // total}) is a multiple of {processes}"
+        )
+    own = total // processes
+    return range(own * accelerator.process_index, own * (accelerator.process_index + 1))
+
+
+def _require_same_start(config: TrainingConfig, accelerator: Accelerator, first: int) -> None:
+    starts = accelerator.gather(torch.tensor([first], device=accelerator.device))
+    if bool((starts != first).any()):
+        raise UserError(
+            f"{config.output}: not all processes see the same checkpoint: choose an --output that all nodes share"
+        )
+
+
+def _not_finite(
+    config: TrainingConfig, data: TrainingData, accelerator: Accelerator, step: int, loss: float
+) -> UserError:
+    """The error for a step whose loss or gradient is NaN or infinite, once its whole batch is in a file."""
+    from safetensors.torch import save_file
+
+    path = Path(config.output) / "nan_batch.safetensors"
+    if accelerator.is_main_process:
+        parts = [draw_micro_batch(config, data, step, i) for i in range(config.micro_batches)]
+        clean, sigma, noise = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        content = {"clean": clean, "sigma": sigma, "noise": noise, "step": torch.tensor(step + 1)}
+        with atomic_path(path) as temporary:
+            save_file(content, temporary)
+    accelerator.wait_for_everyone()  # the launcher ends the first process as soon as another one fails
+    what = "gradient is not finite" if math.isfinite(loss) else f"loss is {loss}"
+    return UserError(f"{path}: the {what} at step {step + 1}: inspect the batch saved there or lower learning_rate")
 
 
 def _update_average(average: NetworkPrior, prior: NetworkPrior, decay: float) -> None:
     with torch.no_grad():
         for slow, fast in zip(average.parameters(), prior.parameters(), strict=True):
             slow.lerp_(fast, 1 - decay)
-
-
-def _save_checkpoint(folder: Path, config: TrainingConfig, step: int, prior, average, optimiser) -> None:
-    from safetensors.torch import save_file
-
-    tensors = {f"weights.{k}": v for k, v in prior.state_dict().items()}
-    tensors |= {f"average.{k}": v for k, v in average.state_dict().items()}
-    for i, state in optimiser.state_dict()["state"].items():
-        tensors |= {f"adam.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
-    metadata = {"step": str(step), "config": json.dumps(_identity(config))}
-    with atomic_path(folder / "training_state.safetensors") as path:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata=metadata)
-
-
-def _load_checkpoint(folder: Path, config: TrainingConfig, prior, average, optimiser) -> int:
-    """Restore the last checkpoint; the number of steps done, 0 when there is none."""
-    from safetensors import SafetensorError, safe_open
-
-    path = folder / "training_state.safetensors"
-    if not path.exists():
-        return 0
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise UserError(f"{path}: broken checkpoint ({error}): delete it to start again") from error
-    known = json.loads(metadata["config"])
-    if any(known.get(key) != value for key, value in json.loads(json.dumps(_identity(config))).items()):
-        raise UserError(f"{path}: checkpoint of another configuration: choose another --output or delete it")
-    part = lambda prefix: {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
-    prior.load_state_dict(part("weights."))
-    average.load_state_dict(part("average."))
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in part("adam.").items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-    return int(metadata["step"])
-
-
-def _identity(config: TrainingConfig) -> dict:
-    """The settings that make two runs the same run; `steps` may change, to train longer or to stop sooner."""
-    free = ("output", "input", "device", "checkpoint_every", "steps", "title", "report_images")
-    return {k: v for k, v in asdict(config).items() if k not in free}

@@ -136,7 +136,9 @@ def _memory(device: torch.device) -> int:
 def open_training_data(config: TrainingConfig) -> TrainingData:
     if config.dataset == "knee_phantom":
         return KneePhantoms()
-    return (ComplexSlices if config.dataset == "complex" else MagnitudeSlices)(config.input)
+    if config.dataset == "complex":
+        return ComplexSlices(config.input)
+    return MagnitudeSlices(config.input, config.template_share)
 
 
 @torch.no_grad()
@@ -187,7 +189,7 @@ def report(config: TrainingConfig, data: TrainingData | None = None) -> Path:
     if prior.config != config.network:
         raise UserError(f"{folder}: its config.json is of another network than this configuration: give its own")
     data = open_training_data(config) if data is None else data
-    clean = data.batch(("validation",), config.report_images, config.crop, held_out=True)
+    clean = data.batch(("validation",), config.report_images, config.whole, held_out=True)
     clean = clean.to(next(prior.parameters()).device)
     levels = []
     for sigma in VALIDATION_SIGMAS:
@@ -197,7 +199,7 @@ def report(config: TrainingConfig, data: TrainingData | None = None) -> Path:
         "definition": "e = sigma |score error| / sqrt(2 H W), per image: see mri_posterior.score_error",
         "title": config.title,
         "images": len(clean),
-        "crop": list(config.crop),
+        "crop": list(config.whole),
         "seed": config.seed,
         "levels": [asdict(level) for level in levels],
     }
