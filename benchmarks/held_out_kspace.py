@@ -25,13 +25,13 @@ from benchmarks.paper.style import table
 from mri_posterior.baselines import BASELINES
 from mri_posterior.coils import CoilConfig
 from mri_posterior.config import ReconstructionConfig, load_config
-from mri_posterior.measurement import NoiseConfig, prepare_slice
+from mri_posterior.measurement import NoiseConfig, centre_crop, prepare_slice
 from mri_posterior.noise import stable_seed
 from mri_posterior.operator import SenseOperator
 from mri_posterior.posterior import Posterior
 from mri_posterior.preparation import grid_of_voxels
-from mri_posterior.priors import load_prior
-from mri_posterior.samplers import sample
+from mri_posterior.priors import Prior, load_prior
+from mri_posterior.samplers import Sampler, sample
 from mri_posterior.slices import MultiCoilSlice
 from mri_posterior.volumes import open_volume, read_kspace
 
@@ -90,7 +90,9 @@ def classical(slice_: MultiCoilSlice, kept, tune) -> Iterator[tuple[str, Complex
         yield name, images[best]
 
 
-def posterior_mean(slice_: MultiCoilSlice, kept, prior, n_samples: int, seed: int) -> Complex[torch.Tensor, "H W"]:
+def posterior_mean(
+    slice_: MultiCoilSlice, kept: Bool[torch.Tensor, "H W"], prior: Prior, sampler: Sampler, n_samples: int, seed: int
+) -> Complex[torch.Tensor, "H W"]:
     given = without(slice_, kept)
     posterior = Posterior(prior, SenseOperator(given.maps, kept), given.kspace, given.noise_std)
     return sample(
@@ -103,7 +105,7 @@ def compare(path: Path, prior_name: str, voxel_mm: float, wanted_mm: float, n_sa
 
     Points common to all resolutions are judged, so that their errors can be set beside each other.
     """
-    prior = load_prior(prior_name)
+    prior, sampler = load_prior(prior_name), load_config(ReconstructionConfig, "brain4x.yaml").sampler
     volume = open_volume(path)
     if volume.mask is None:
         raise SystemExit(f"{path}: fully sampled: this is for scans that are not")
@@ -114,11 +116,11 @@ def compare(path: Path, prior_name: str, voxel_mm: float, wanted_mm: float, n_sa
     energies = []
     for seed in range(splits):
         # Split on the scan's own grid, then look at the part that every resolution has.
-        parts = [_centre(part, slice_.mask.shape) & slice_.mask for part in split(torch.from_numpy(volume.mask), seed)]
-        kept, tune, judged = parts
+        parts = split(torch.from_numpy(volume.mask), seed)
+        kept, tune, judged = (centre_crop(part, slice_.mask.shape) & slice_.mask for part in parts)
         judged = judged & _centre_square(judged.shape, grid_of_voxels(volume.shape, (voxel_mm,) * 2, COARSEST_MM))
         images = dict(classical(slice_, kept, tune))
-        images["posterior mean"] = posterior_mean(slice_, kept, prior, n_samples, seed)
+        images["posterior mean"] = posterior_mean(slice_, kept, prior, sampler, n_samples, seed)
         energies.append(slice_.kspace.abs().square().sum(0)[judged].double())
         for name, image in images.items():
             errors.setdefault(name, []).append(squared_errors(slice_, judged, image))
@@ -139,15 +141,9 @@ def _excess(value: float, standard_error: float) -> str:
     return "-" if standard_error == 0 else f"{value:+.4f} ± {standard_error:.4f}"
 
 
-def _centre(part: Bool[torch.Tensor, "H W"], shape: tuple[int, int]) -> Bool[torch.Tensor, "h w"]:
-    starts = [have // 2 - want // 2 for have, want in zip(part.shape, shape, strict=True)]
-    return part[starts[0] : starts[0] + shape[0], starts[1] : starts[1] + shape[1]]
-
-
 def _centre_square(shape: tuple[int, int], inner: tuple[int, int]) -> Bool[torch.Tensor, "h w"]:
     inside = torch.zeros(shape, dtype=torch.bool)
-    starts = [have // 2 - want // 2 for have, want in zip(shape, inner, strict=True)]
-    inside[starts[0] : starts[0] + inner[0], starts[1] : starts[1] + inner[1]] = True
+    centre_crop(inside, inner)[:] = True
     return inside
 
 

@@ -37,6 +37,7 @@ from benchmarks import denoising, unconditional
 from benchmarks.exactness import put_between
 from benchmarks.paper.style import table
 from mri_posterior import cli
+from mri_posterior.augmentation import percentile
 from mri_posterior.distances import frechet_distance, gabor_features
 from mri_posterior.errors import UserError
 from mri_posterior.exact import white
@@ -188,7 +189,7 @@ def samples_figure(samples: Images, held_out: Images) -> Figure:
 def neighbours_figure(samples: Magnitudes, found: Neighbours) -> Figure:
     """The eight samples nearest to a training slice, above those slices."""
     order = found.distance.argsort()[:8]
-    peaks = [x[order] / x[order].flatten(1).quantile(0.99, dim=1)[:, None, None] for x in (samples, found.images)]
+    peaks = [x[order] / percentile(x[order]) for x in (samples, found.images)]
     titles = [f"{d:.3f}" for d in found.distance[order].tolist()]
     return _sheet([("sample", peaks[0], False), ("nearest slice", peaks[1], False)], len(order), titles)
 
@@ -240,7 +241,7 @@ def check(
         "held-out slices": nearest(held_out.abs(), training),
         "augmented training images": nearest(data.batch(("neighbours",), n, SHAPE).abs(), training),
     }
-    brightness = [f"{float(x.abs().flatten(1).quantile(0.99, 1).quantile(0.5)):.2f}" for x in (samples, held_out)]
+    brightness = [f"{float(percentile(x.abs()).quantile(0.5)):.2f}" for x in (samples, held_out)]
     text = f"""### Unconditional samples
 
 {n} draws per way, {evaluations} evaluations each, sigma_min {sigma_min:g}. Median 99th percentile of the magnitude:

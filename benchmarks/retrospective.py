@@ -105,10 +105,8 @@ def reference(path: Path) -> Complex[torch.Tensor, "n H W"]:
     return scan(images / percentile(images), generator, jitter=False)
 
 
-def tuned_baseline(
-    name: str, slices: list[MultiCoilSlice], truths: Complex[torch.Tensor, "n H W"]
-) -> tuple[float, list[Score]]:
-    """The strength with the best mean PSNR, as a multiple of the noise level or of its square, and its scores."""
+def tuned_baseline(name: str, slices: list[MultiCoilSlice], truths: Complex[torch.Tensor, "n H W"]) -> list[Score]:
+    """Scores at the strength with the best mean PSNR, a multiple of the noise level or of its square."""
     power = 1 if name == "cg_sense" else 2
     runs = {
         strength: [
@@ -120,7 +118,7 @@ def tuned_baseline(
     best = max(runs, key=lambda strength: np.mean([s.psnr for s in runs[strength]]))
     if best in (min(runs), max(runs)):
         print(f"{name}: the best strength lies at the end of its grid ({best})")
-    return best, runs[best]
+    return runs[best]
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ def run(
     setting: Setting, truths: Complex[torch.Tensor, "n H W"], prior: Prior, sampler: Sampler, n_samples: int
 ) -> Result:
     slices = [measure(image, setting, index) for index, image in enumerate(truths)]
-    scores = {name: tuned_baseline(name, slices, truths)[1] for name in GRIDS}
+    scores = {name: tuned_baseline(name, slices, truths) for name in GRIDS}
     scores |= {POSTERIOR_MEAN: [], CHAIN_MEAN: [], ONE_SAMPLE: []}
     images, started = [], time.monotonic()
     for index, (given, truth) in enumerate(zip(slices, truths, strict=True)):

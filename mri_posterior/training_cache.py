@@ -40,7 +40,7 @@ class Provenance:
     voxel_size_mm: (row, column) spacing of the images.
     source, source_bytes: name and size of the file that they were made from.
     acquisition, licence: as the source or the user names them.
-    settings: YAML text of what else the images depend on.
+    settings: JSON text of what else the images depend on.
     """
 
     patient: str

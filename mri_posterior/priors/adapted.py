@@ -9,10 +9,10 @@ from typing import Literal
 
 import torch
 from jaxtyping import Complex, Float
-from torch.nn import functional
 
 from mri_posterior.errors import UserError
 from mri_posterior.priors.adapters import from_channels
+from mri_posterior.priors.network import pad_to_multiple
 
 
 @dataclass(frozen=True)
@@ -122,17 +122,6 @@ class AdaptedPrior(torch.nn.Module):
                 f"{self.source}: knows sigma {low:.4g} to {high:.4g} (in units of an image of brightness 1), not "
                 f"{least if least < low else most:.4g}: set sampler.sigma_min, sigma_ws and sigma_max within that"
             )
-
-
-def pad_to_multiple(x: Float[torch.Tensor, "n c H W"], multiple: int) -> Float[torch.Tensor, "n c h w"]:
-    """`x` with rows below and columns at the right, so that both sides are multiples of `multiple`."""
-    height, width = x.shape[-2:]
-    below, right = -height % multiple, -width % multiple
-    if not (below or right):
-        return x
-    # Mirrored noise is still noise of the same level; zeros would be a sigma the network never saw.
-    mode = "reflect" if below < height and right < width else "replicate"
-    return functional.pad(x, (0, right, 0, below), mode=mode)
 
 
 def check_channels(path: Path, found: int, config: AdapterConfig) -> None:

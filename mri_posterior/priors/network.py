@@ -59,6 +59,17 @@ class NetworkConfig:
         return self.patch * 2 ** (len(self.channels) - 1)
 
 
+def pad_to_multiple(x: Float[torch.Tensor, "n c H W"], multiple: int) -> Float[torch.Tensor, "n c h w"]:
+    """`x` with rows below and columns at the right, so that both sides are multiples of `multiple`."""
+    height, width = x.shape[-2:]
+    below, right = -height % multiple, -width % multiple
+    if not (below or right):
+        return x
+    # Mirrored noise is still noise of the same level; zeros would be a sigma the network never saw.
+    mode = "reflect" if below < height and right < width else "replicate"
+    return functional.pad(x, (0, right, 0, below), mode=mode)
+
+
 class NetworkPrior(torch.nn.Module):
     """A denoiser ``D(x, sigma) = E[x_0 | x]`` for complex images of any size.
 
@@ -100,11 +111,7 @@ class NetworkPrior(torch.nn.Module):
     def raw(self, scaled: Complex[torch.Tensor, "n H W"], sigma: Float[torch.Tensor, n]):
         """The network proper, on unit-variance input: EDM's ``F``; what training fits."""
         height, width = scaled.shape[-2:]
-        below, right = -height % self.config.multiple, -width % self.config.multiple
-        channels = torch.view_as_real(scaled).movedim(-1, 1)
-        # Mirrored noise is still noise of the same level; zeros would be a sigma the network never saw.
-        mode = "reflect" if below < height and right < width else "replicate"
-        channels = functional.pad(channels, (0, right, 0, below), mode=mode)
+        channels = pad_to_multiple(torch.view_as_real(scaled).movedim(-1, 1), self.config.multiple)
         packed = functional.pixel_unshuffle(channels, self.config.patch).contiguous(memory_format=torch.channels_last)
         # A tenth of a nat of sigma turns the fastest sinusoid of the embedding by one radian.
         output = self.unet(packed, 10 * sigma.log()).sample.to(channels.dtype)  # mixed precision ends here
