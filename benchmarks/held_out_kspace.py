@@ -95,9 +95,7 @@ def posterior_mean(
 ) -> Complex[torch.Tensor, "H W"]:
     given = without(slice_, kept)
     posterior = Posterior(prior, SenseOperator(given.maps, kept), given.kspace, given.noise_std)
-    return sample(
-        load_config(ReconstructionConfig, "brain4x.yaml", []).sampler, posterior, n_samples, seed
-    ).images.mean(0)
+    return sample(sampler, posterior, n_samples, seed).images.mean(0)
 
 
 def compare(path: Path, prior_name: str, voxel_mm: float, wanted_mm: float, n_samples: int, splits: int) -> list[list]:

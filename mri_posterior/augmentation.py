@@ -27,6 +27,9 @@ MAGNIFIED = 0.1  # fraction of draws shown as if their voxels were finer
 FINEST = 2.0  # most that these are magnified
 RECOLOURED = 0.15  # fraction of draws given another contrast than the data's own
 BINS = 6  # of the curve that does so
+DEPHASED = 0.4  # fraction of draws whose tissues differ in phase
+TISSUE_PHASE_RMS = 0.4  # radians; drawn like PHASE_RMS
+PHASE_CALIBRATION = (12, 32)  # fewest and most k-space lines from which the phase is estimated that the maps take up
 
 
 def percentile(images: Images) -> Float[torch.Tensor, "n 1 1"]:
@@ -106,26 +109,55 @@ def recolour(images: Images, generator: torch.Generator) -> Images:
     images = images.clamp_min(0) ** gamma[:, None, None]
     knots = torch.rand(n, BINS, generator=generator)
     knots[:, 0] = 0
-    position = (images / percentile(images).clamp_min(EMPTY) * (BINS - 2)).clamp(0, BINS - 1 - 1e-4)
-    lower = position.long()
-    flat = lower.flatten(1)
-    left, right = (knots.gather(1, flat + i).reshape(images.shape) for i in (0, 1))
-    curve = left + (position - lower) * (right - left)
-    images = torch.where(some(n, RECOLOURED, generator)[:, None, None], curve, images)
+    images = torch.where(some(n, RECOLOURED, generator)[:, None, None], curve_of(images, knots), images)
     images = images * torch.exp(BIAS_RMS * smooth_field(images.shape, generator))
     return images / percentile(images).clamp_min(EMPTY)
 
 
-def scan(images: Images, generator: torch.Generator, *, jitter: bool) -> Complex[torch.Tensor, "n H W"]:
-    """Complex images with the smooth phase that is left once the low-resolution phase has gone into the coil maps.
+def curve_of(images: Images, knots: Float[torch.Tensor, "n bins"]) -> Images:
+    """The piecewise linear function of each image's intensity through its `knots`, spread evenly from 0 to a little
+    over the 99th percentile."""
+    bins = knots.shape[1]
+    position = (images / percentile(images).clamp_min(EMPTY) * (bins - 2)).clamp(0, bins - 1 - 1e-4)
+    lower = position.long()
+    flat = lower.flatten(1)
+    left, right = (knots.gather(1, flat + i).reshape(images.shape) for i in (0, 1))
+    return left + (position - lower) * (right - left)
+
+
+def dephase_some(images: Images, generator: torch.Generator) -> Complex[torch.Tensor, "n H W"]:
+    """Give the tissues of some images a phase of their own, a random curve of their intensity: fat off resonance,
+    flow, susceptibility. What a low-resolution estimate knows of it goes into the coil maps (`measurement`), so only
+    the rest stays: sharp, at the borders of tissues, above all of the scalp."""
+    n, height, width = images.shape
+    curve = curve_of(images, 2 * torch.rand(n, BINS, generator=generator) - 1)
+    strength = _exponential(n, TISSUE_PHASE_RMS, generator) * some(n, DEPHASED, generator)[:, None, None]
+    complex_images = torch.polar(images.float(), strength * curve)
+    lines = torch.randint(PHASE_CALIBRATION[0], PHASE_CALIBRATION[1] + 1, (n, 1), generator=generator)
+    hann = [
+        torch.cos(math.pi * (torch.fft.fftfreq(size, 1 / size) / (lines + 1)).clamp(-0.5, 0.5)) ** 2
+        for size in (height, width)
+    ]
+    low_resolution = torch.fft.ifft2(torch.fft.fft2(complex_images) * hann[0][:, :, None] * hann[1][:, None, :])
+    return complex_images * torch.exp(-1j * low_resolution.angle())
+
+
+def scan(
+    images: Images | Complex[torch.Tensor, "n H W"], generator: torch.Generator, *, jitter: bool
+) -> Complex[torch.Tensor, "n H W"]:
+    """The images with a smooth phase (more of it), as errors of the phase that went into the coil maps leave.
 
     With `jitter`, the scale varies, as a scan's own 99th percentile does when estimated from noisy data.
     """
     n = len(images)
     if jitter:
         images = images * torch.exp(SCALE_JITTER * torch.randn(n, 1, 1, generator=generator))
-    strength = -PHASE_RMS * torch.rand(n, 1, 1, generator=generator).clamp_min(1e-6).log()
-    return torch.polar(images.float(), strength * smooth_field(images.shape, generator))
+    phase = _exponential(n, PHASE_RMS, generator) * smooth_field(images.shape, generator)
+    return images * torch.polar(torch.ones_like(phase), phase)
+
+
+def _exponential(n: int, mean: float, generator: torch.Generator) -> Float[torch.Tensor, "n 1 1"]:
+    return -mean * torch.rand(n, 1, 1, generator=generator).clamp_min(1e-6).log()
 
 
 def smooth_field(shape: tuple[int, int, int], generator: torch.Generator) -> Float[torch.Tensor, "n H W"]:

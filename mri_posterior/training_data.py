@@ -15,7 +15,18 @@ import torch
 from jaxtyping import Complex, Float
 from torch.nn import functional
 
-from mri_posterior.augmentation import frame, mirror_some, move, percentile, recolour, scan, some, strip_some, window
+from mri_posterior.augmentation import (
+    dephase_some,
+    frame,
+    mirror_some,
+    move,
+    percentile,
+    recolour,
+    scan,
+    some,
+    strip_some,
+    window,
+)
 from mri_posterior.errors import UserError
 from mri_posterior.noise import stable_seed
 from mri_posterior.phantoms import brain_template
@@ -87,8 +98,11 @@ class MagnitudeSlices:
         images = move(strip_some(images, generator), generator)
         if self._template is not None:
             chosen = some(n, self._template_share, generator)
-            images[chosen] = template_views(self._template, int(chosen.sum()), images.shape[-2:], generator)
-        return scan(window(recolour(images, generator), crop, generator), generator, jitter=True)
+            if chosen.any():
+                shape = images.shape[-2:]
+                images[chosen] = template_views(self._template, int(chosen.sum()), shape, generator)
+        images = dephase_some(recolour(images, generator), generator)
+        return scan(window(images, crop, generator), generator, jitter=True)
 
 
 class KneePhantoms:

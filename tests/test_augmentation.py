@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from mri_posterior import augmentation
-from mri_posterior.augmentation import frame, move, percentile, recolour, scan, smooth_field, strip_some, window
+from mri_posterior.augmentation import (
+    dephase_some,
+    frame,
+    move,
+    percentile,
+    recolour,
+    scan,
+    smooth_field,
+    strip_some,
+    window,
+)
 from mri_posterior.phantoms import SAMPLE_HEIGHTS_MM, brain_slices, brain_template
 from mri_posterior.training_data import template_views
 
@@ -82,6 +92,18 @@ def test_scans_have_the_magnitude_and_a_smooth_phase(heads, generator):
     phase = images[:, 20:40, 16:32].angle()
     assert float(phase.diff(dim=-1).abs().max()) < 0.2
     assert float(phase.std()) > 0.01
+
+
+def test_tissues_differ_in_phase_but_not_at_low_resolution(heads, generator, monkeypatch):
+    monkeypatch.setattr(augmentation, "DEPHASED", 1.0)
+    images = dephase_some(heads.repeat(8, 1, 1), generator)
+    assert torch.allclose(images.abs(), heads.repeat(8, 1, 1), atol=1e-6)
+    assert float((images.angle().abs() * (heads[0] > 0)).max()) > 0.1, "sharp phase stays at the borders"
+    assert float(images[:, 30, 24].angle().abs().max()) < 0.05, "and none where the object is flat"
+    # The mean over the image, the coarsest of all resolutions, is real.
+    assert float((images.sum((1, 2)).imag / heads[0].sum()).abs().max()) < 0.05
+    monkeypatch.setattr(augmentation, "DEPHASED", 0.0)
+    assert torch.allclose(dephase_some(heads, generator).imag, torch.zeros(()), atol=1e-6)
 
 
 def test_template_has_none_of_the_sample_s_slices(generator):

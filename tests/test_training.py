@@ -85,6 +85,12 @@ def test_batches_depend_on_their_key_alone(dataset, crop):
     assert not torch.equal(a, c)
 
 
+def test_a_batch_may_hold_no_view_of_the_template(dataset):
+    pytest.importorskip("nilearn", reason="the brain template comes with nilearn (extra: samples)")
+    images = MagnitudeSlices(dataset, template_share=1e-9).batch(("t",), 3, (32, 24))
+    assert images.shape == (3, 32, 24)
+
+
 def test_subjects_are_never_shared_between_training_and_validation(dataset):
     """The held-out subject's square is 16 rows high, the others' 8 and 12; held-out images are not resampled."""
     held_out = MagnitudeSlices(dataset).batch(("v",), 20, (32, 24), held_out=True)
