@@ -216,6 +216,7 @@ def model_card(config: TrainingConfig, n_parameters: int, levels: list[ScoreErro
     rows = "\n".join(_error_row(level) for level in levels)
     n_images = levels[0].denoising.images if levels else 0
     start = f"the weights of {config.init_from}" if config.init_from else "random weights"
+    late = f", {config.whole[0]}x{config.whole[1]} for the last {config.late_steps}" if config.late_steps else ""
     convolutions = "" if config.precision == "no" else f", convolutions in {config.precision}"
     return f"""# {config.title}
 
@@ -230,8 +231,8 @@ A denoiser `D(x, sigma) = E[x_0 | x]` for complex MR images, used as prior by `m
 - Noise levels: {network.sigma_min} to {network.sigma_max} per real channel, images scaled to a 99th
   percentile of about 1
 - Voxel size: {network.voxel_size_mm[0]} to {network.voxel_size_mm[1]} mm
-- Training: {config.steps} steps of {config.batch} images of {config.crop[0]}x{config.crop[1]}, seed {config.seed},
-  starting from {start}{convolutions}
+- Training: {config.steps} steps of {config.batch} images of {config.crop[0]}x{config.crop[1]}{late}, seed {config.seed},
+  {config.optimiser} at {config.learning_rate:g}, starting from {start}{convolutions}
 
 ## Denoising and score error on held-out subjects
 
