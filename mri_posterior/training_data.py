@@ -16,6 +16,7 @@ from jaxtyping import Complex, Float
 from torch.nn import functional
 
 from mri_posterior.augmentation import (
+    EMPTY,
     dephase_some,
     frame,
     mirror_some,
@@ -130,4 +131,4 @@ def template_views(
             slices[index][None, None], scale_factor=1 / voxel, mode="bilinear", antialias=True
         )
         view[:] = window(coarse[0], shape, generator)[0]
-    return views / percentile(views)
+    return views / percentile(views).clamp_min(EMPTY * float(percentile(slices).max()))

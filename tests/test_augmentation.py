@@ -118,3 +118,14 @@ def test_template_has_none_of_the_sample_s_slices(generator):
     assert views.shape == (5, 120, 90)
     assert torch.isfinite(views).all()
     assert torch.allclose(percentile(views), torch.ones(5, 1, 1), atol=1e-4)
+
+
+def test_a_view_of_next_to_nothing_is_not_scaled_up(generator):
+    slices = torch.zeros(2, 60, 60)
+    slices[:, 30, 30] = 1e-6  # one slice's worth of air, but for a trace
+    slices[0, 20:40, 20:40] = 1.0
+    views = template_views(slices, 40, (24, 24), generator)
+    # Either a view holds some of the square, whose brightness is the scale, or it is as dark as the trace.
+    brightest = views.amax((1, 2))
+    assert float(brightest.max()) <= 1.0 / augmentation.EMPTY
+    assert float(brightest.min()) < 1e-4
