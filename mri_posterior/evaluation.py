@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,23 +38,43 @@ def evaluate_folder(config: ReconstructionConfig, baselines: tuple[str, ...] = t
     folder = Path(config.output)
     volumes = {}
     for path in input_volumes(config):
-        result_path = folder / f"{path.stem}.h5"
-        if not result_path.is_file():
-            raise UserError(f"{result_path}: there is no reconstruction of {path.name}: run reconstruct first")
-        volumes[path.stem] = evaluate_volume(path, result_path, baselines)
+        volumes[path.stem] = evaluate_volume(path, find_result(config, path), baselines)
     result = {"n_volumes": len(volumes), "mean": _average(list(volumes.values())), "volumes": volumes}
     with atomic_path(folder / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
+def find_result(config: ReconstructionConfig, path: Path) -> Path:
+    """The reconstruction of `path` in the output folder.
+
+    Raises
+    ------
+    UserError: there is none.
+    """
+    result_path = Path(config.output) / f"{path.stem}.h5"
+    if not result_path.is_file():
+        raise UserError(f"{result_path}: there is no reconstruction of {path.name}: run reconstruct first")
+    return result_path
+
+
+def stored_config(result: VolumeReconstruction, result_path: Path) -> ReconstructionConfig:
+    """The configuration that a reconstruction was made with.
+
+    Raises
+    ------
+    UserError: the file does not hold one, or one that is not valid any more.
+    """
+    if "config" not in result.attrs:
+        raise UserError(f"{result_path}: does not say how it was made: reconstruct the volume again")
+    tree = yaml.safe_load(result.attrs["config"])
+    return parse_config(ReconstructionConfig, tree, f"{result_path} (attribute config)")
+
+
 def evaluate_volume(path: Path, result_path: Path, baselines: tuple[str, ...]) -> dict:
     """``{reference: {"metrics": {method: {...}}, "coverage": {level: {...}}}}`` of one volume."""
     result = read_reconstruction(result_path)
-    if "config" not in result.attrs:
-        raise UserError(f"{result_path}: does not say how it was made: reconstruct {path.name} again")
-    tree = yaml.safe_load(result.attrs["config"])
-    made_with = parse_config(ReconstructionConfig, tree, f"{result_path} (attribute config)")
+    made_with = stored_config(result, result_path)
     plan = plan_volume(made_with, path, load_prior(made_with.prior.name, made_with.prior.adapter))
     images: dict[str, list] = {"posterior_mean": list(result.reconstruction)}
     if result.samples is not None:
@@ -71,7 +92,7 @@ def evaluate_volume(path: Path, result_path: Path, baselines: tuple[str, ...]) -
     scores = {
         name: {
             "metrics": {method: image_metrics(target, stack) for method, stack in stacks.items()},
-            "coverage": _coverage(name, target, result, prepared, plan.grid is not None),
+            "coverage": reference_coverage(name, target, result, prepared, plan.grid is not None),
         }
         for name, target in stack_references([p.references for p in prepared]).items()
     }
@@ -80,20 +101,25 @@ def evaluate_volume(path: Path, result_path: Path, baselines: tuple[str, ...]) -
     return scores
 
 
-def _coverage(
+def reference_coverage(
     reference: str,
     target: Float[np.ndarray, "slice h w"],
     result: VolumeReconstruction,
     prepared: list[PreparedSlice],
     reduced: bool,
+    levels: Sequence[float] = LEVELS,
 ) -> dict[str, dict[str, float]] | None:
-    """Coverage per level; None where it would mean nothing: no samples kept, or a target of another resolution."""
+    """Coverage per level of the reference named ``rss`` or ``coil_combined``, whose own noise is taken into account.
+
+    None where it would mean nothing: no samples kept, or a target of another resolution (`reduced`: the prior's grid
+    is coarser than the file's).
+    """
     if result.samples is None or (reference == "rss" and reduced):
         return None
     noise_free = reference == "rss" and bool(prepared[0].volume.attrs.get("target_noise_free", False))
     noise = None if noise_free else np.stack([_reference_noise(p) for p in prepared])
     magnitudes = np.abs(result.samples).swapaxes(0, 1)
-    coverage = interval_coverage(target, magnitudes, LEVELS, noise)
+    coverage = interval_coverage(target, magnitudes, levels, noise)
     return {f"{level:g}": share._asdict() for level, share in coverage.items()}
 
 
