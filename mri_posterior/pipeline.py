@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
-from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Complex
+from jaxtyping import Bool, Complex, Complex64, Float32
 
 from mri_posterior import __version__
 from mri_posterior.baselines import BASELINES
 from mri_posterior.config import ReconstructionConfig, dump_config
 from mri_posterior.device import pick_device
-from mri_posterior.diagnostics import DISAGREE, disagreeing_share
+from mri_posterior.diagnostics import chain_faults, slice_diagnostics
 from mri_posterior.errors import UserError
 from mri_posterior.files import atomic_path, require_free_space, require_writable
-from mri_posterior.metrics import credible_interval, image_metrics
+from mri_posterior.metrics import credible_interval, foreground_mask, image_metrics
 from mri_posterior.operator import SenseOperator
 from mri_posterior.panels import PanelImages, panel_title, write_panel
 from mri_posterior.posterior import Posterior, PosteriorSamples, join_batches
 from mri_posterior.preparation import Plan, PreparedSlice, prepare, stack_references
-from mri_posterior.priors import prior_files
+from mri_posterior.priors import prior_digest
 from mri_posterior.progress import progress_view
 from mri_posterior.samplers import sample
 from mri_posterior.slices import MultiCoilSlice
@@ -34,26 +34,66 @@ from mri_posterior.volumes import VolumeReconstruction, write_reconstruction
 log = logging.getLogger("mri_posterior")
 
 
+@dataclass(frozen=True)
+class SliceSummary:
+    """What a result file holds of one slice, in the file's units and on its grid.
+
+    Attributes
+    ----------
+    images: ``mean`` (complex), ``std``, ``lower``, ``upper`` of the magnitude, and the ``samples`` where they are kept.
+    diagnostics: maps of `SliceDiagnostics`.
+    numbers: one attribute of the file each, a value per slice.
+    """
+
+    images: dict[str, np.ndarray]
+    diagnostics: dict[str, Float32[np.ndarray, "H W"]]
+    numbers: dict[str, float]
+
+
 def reconstruct_slice(
     config: ReconstructionConfig, slice_: MultiCoilSlice, prior, key: tuple, report=lambda done, total: None
 ) -> PosteriorSamples:
-    """Posterior samples of one slice, in its normalised units."""
+    """Posterior samples of one slice, in its normalised units.
+
+    Where `config` has a ``std_tolerance``, further ones are drawn, ``samples`` at a time, until it is met: their number
+    depends on the samples alone, not on the batch.
+    """
     device = pick_device(config.device)
     operator = SenseOperator(slice_.maps.to(device), slice_.mask.to(device))
     posterior = Posterior(prior, operator, slice_.kspace.to(device), slice_.noise_std)
     start = torch.from_numpy(np.asarray(BASELINES[config.warm_start](slice_))).to(device, torch.complex64)
+    most = config.samples if config.std_tolerance is None else config.most_samples
     batches = []
-    for first in range(0, config.samples, config.batch):
-        n = min(config.batch, config.samples - first)
+    for first, n in _batches(config.samples, most, config.batch):
+        if first and first % config.samples == 0 and _known_well_enough(config, join_batches(batches)):
+            break
 
         def progress(done: int, total: int, first: int = first, n: int = n) -> None:
-            report(first * total + n * done, config.samples * total)
+            report(first * total + n * done, most * total)
 
         result = sample(
             config.sampler, posterior, n, config.seed, key=key, first=first, warm_start=start, progress=progress
         )
         batches.append(result)
     return join_batches(batches)
+
+
+def _batches(samples: int, most: int, batch: int) -> Iterator[tuple[int, int]]:
+    """First sample and size of every batch; none reaches beyond a multiple of `samples`, where sampling may stop."""
+    first = 0
+    while first < most:
+        n = min(batch, samples - first % samples, most - first)
+        yield first, n
+        first += n
+
+
+def _known_well_enough(config: ReconstructionConfig, result: PosteriorSamples) -> bool:
+    return slice_diagnostics(result, tissue(result)).numbers["mcse_std_relative"] < config.std_tolerance
+
+
+def tissue(result: PosteriorSamples) -> Bool[torch.Tensor, "H W"]:
+    """Where there is something to be uncertain about, rather than air."""
+    return foreground_mask(result.images.mean(0).abs())
 
 
 def reconstruct_volume(config: ReconstructionConfig, plan: Plan, prior) -> Path:
@@ -63,9 +103,7 @@ def reconstruct_volume(config: ReconstructionConfig, plan: Plan, prior) -> Path:
     """
     started, network = time.monotonic(), _Timed(prior)
     volume, folder = plan.volume, Path(config.output)
-    kept: dict[str, list] = {name: [] for name in ("mean", "std", "lower", "upper", "samples")}
-    references = []
-    per_slice: dict[str, list] = defaultdict(list)
+    summaries, references = [], []
     with progress_view(volume.name, len(plan.slices) * 1000) as report:
         for number, index in enumerate(plan.slices):
             prepared = prepare(config, plan, index)
@@ -74,25 +112,23 @@ def reconstruct_volume(config: ReconstructionConfig, plan: Plan, prior) -> Path:
                 report(1000 * number + 1000 * done // total)
 
             result = reconstruct_slice(config, prepared.slice_, network, (volume.name, index), slice_progress)
-            summary = summarise(prepared.to_file(result.images.cpu().numpy()), config.level)
-            for name, value in summary.items():
-                kept[name].append(value)
-            references.append(prepared.references)
-            numbers = {"noise_std": prepared.slice_.noise_std, "scale": prepared.slice_.scale, **slice_report(result)}
-            for name, value in numbers.items():
-                per_slice[name].append(value)
+            summary = summarise_slice(config, prepared, result)
             write_slice_panel(config, prepared, summary)
+            summaries.append(summary if config.keep_samples else without_samples(summary))
+            references.append(prepared.references)
 
-    warn_of_disagreement(per_slice)
-    reconstruction = np.abs(np.stack(kept["mean"])).astype(np.float32)
+    per_slice = {name: [summary.numbers[name] for summary in summaries] for name in summaries[0].numbers}
+    log_diagnostics(config, volume.name, per_slice)
+    images = {name: np.stack([s.images[name] for s in summaries]) for name in ("mean", "std", "lower", "upper")}
+    reconstruction = np.abs(images["mean"]).astype(np.float32)
     # Against each reference there is; the two are never mixed.
     metrics = {name: image_metrics(target, reconstruction) for name, target in stack_references(references).items()}
     with atomic_path(folder / f"{volume.name}_metrics.json") as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n")
     reconstructed = VolumeReconstruction(
         reconstruction=reconstruction,
-        **{name: np.stack(kept[name]) for name in ("mean", "std", "lower", "upper")},
-        samples=np.stack(kept["samples"]) if config.keep_samples else None,
+        **images,
+        samples=stack_samples(summaries) if config.keep_samples else None,
         level=config.level,
         slices=list(plan.slices),
         attrs={
@@ -108,6 +144,7 @@ def reconstruct_volume(config: ReconstructionConfig, plan: Plan, prior) -> Path:
             "simulated": "simulated_noise_std" in volume.attrs,
             **per_slice,
         },
+        diagnostics={name: np.stack([s.diagnostics[name] for s in summaries]) for name in summaries[0].diagnostics},
     )
     output = folder / f"{volume.name}.h5"
     write_reconstruction(output, reconstructed)
@@ -115,24 +152,46 @@ def reconstruct_volume(config: ReconstructionConfig, plan: Plan, prior) -> Path:
     return output
 
 
-def slice_report(result: PosteriorSamples) -> dict[str, float]:
-    """What the sampler says of its result, and whether its chains agree."""
-    report = dict(result.report)
-    if result.chains is not None:
-        report["disagreeing_share"] = disagreeing_share(result.chains)
-    return report
+def summarise_slice(config: ReconstructionConfig, prepared: PreparedSlice, result: PosteriorSamples) -> SliceSummary:
+    """Everything that is written of one slice: its images, its diagnostics and what the sampler says of itself."""
+    diagnosed = slice_diagnostics(result, tissue(result))
+    maps = {
+        name: prepared.map_to_file(image.cpu().numpy(), unit=name.startswith("mcse")).astype(np.float32)
+        for name, image in diagnosed.maps.items()
+    }
+    numbers = {
+        "noise_std": prepared.slice_.noise_std,
+        "scale": prepared.slice_.scale,
+        "n_samples": len(result.images),
+        **result.report,
+        **diagnosed.numbers,
+    }
+    return SliceSummary(summarise(prepared.to_file(result.images.cpu().numpy()), config.level), maps, numbers)
 
 
-def warn_of_disagreement(per_slice: dict[str, list[float]]) -> None:
-    """Log when chains remember where they came from, or when a population is too small for its posterior."""
-    disagreeing = np.mean(per_slice.get("disagreeing_share", [0.0]))
-    if disagreeing > 0.05:
-        log.warning(
-            "chains disagree (R-hat above %g) in %.0f %% of the pixels: raise sampler.final_steps; where that does not "
-            "help the posterior has several modes, whose shares only sampler.name=tempered_smc finds",
-            DISAGREE,
-            100 * disagreeing,
-        )
+def without_samples(summary: SliceSummary) -> SliceSummary:
+    """Memory for many slices' samples is spent only if they are written."""
+    return replace(summary, images={name: image for name, image in summary.images.items() if name != "samples"})
+
+
+def stack_samples(summaries: list[SliceSummary]) -> Complex64[np.ndarray, "slice sample H W"]:
+    """The first samples of every slice, as many as all of them have."""
+    common = min(len(summary.images["samples"]) for summary in summaries)
+    return np.stack([summary.images["samples"][:common] for summary in summaries])
+
+
+def log_diagnostics(config: ReconstructionConfig, name: str, per_slice: dict[str, list[float]]) -> None:
+    """One line on how well the samples know the posterior, then warnings of what is wrong with them."""
+    error = np.median(per_slice["mcse_std_relative"])
+    line = f"{name}: Monte-Carlo error of the standard deviation {100 * error:.0f} % (median over tissue)"
+    if "median_rhat" in per_slice:
+        line += f", R-hat of the chains {np.median(per_slice['median_rhat']):.2f}"
+    if "median_ess" in per_slice:
+        line += f", their effective sample size {np.median(per_slice['median_ess']):.0f}"
+    log.info("%s", line)
+    worst = {"disagreeing_share": np.mean, "stuck_share": np.max}
+    for fault in chain_faults({key: float(of(per_slice[key])) for key, of in worst.items() if key in per_slice}):
+        log.warning("%s", fault)
     smallest = min(per_slice.get("effective_size", [1.0]))
     if smallest < 0.1:
         log.warning(
@@ -140,6 +199,8 @@ def warn_of_disagreement(per_slice: dict[str, list[float]]) -> None:
             "draws of the prior: raise samples and sampler.levels, or use annealed_langevin",
             smallest,
         )
+    if config.std_tolerance is not None and max(per_slice["mcse_std_relative"]) >= config.std_tolerance:
+        log.warning("std_tolerance %g was not met by most_samples %d", config.std_tolerance, config.most_samples)
 
 
 def summarise(samples: Complex[np.ndarray, "n h w"], level: float) -> dict[str, np.ndarray]:
@@ -155,20 +216,20 @@ def summarise(samples: Complex[np.ndarray, "n h w"], level: float) -> dict[str, 
     }
 
 
-def write_slice_panel(config: ReconstructionConfig, prepared: PreparedSlice, summary: dict[str, np.ndarray]) -> None:
+def write_slice_panel(config: ReconstructionConfig, prepared: PreparedSlice, summary: SliceSummary) -> None:
     """One PNG per slice beside the volume's ``.h5``."""
-    volume, mask = prepared.volume, prepared.slice_.mask
-    simulated = "simulated_noise_std" in volume.attrs
+    volume, images = prepared.volume, summary.images
+    acceleration = float(1 / prepared.slice_.mask.float().mean())
     panel = PanelImages(
         zero_filled=np.abs(prepared.to_file(np.asarray(BASELINES["zero_filled"](prepared.slice_)))),
-        mean=np.abs(summary["mean"]),
-        std=summary["std"],
-        width=summary["upper"] - summary["lower"],
-        samples=list(np.abs(summary["samples"][:2])),
+        mean=np.abs(images["mean"]),
+        std=images["std"],
+        width=images["upper"] - images["lower"],
+        samples=list(np.abs(images["samples"][:2])),
         target=prepared.target,
-        title=panel_title(volume.name, prepared.index, config.samples, float(1 / mask.float().mean())),
+        title=panel_title(volume.name, prepared.index, len(images["samples"]), acceleration),
         level=config.level,
-        simulated=simulated,
+        simulated="simulated_noise_std" in volume.attrs,
     )
     write_panel(Path(config.output) / f"{volume.name}_slice{prepared.index:03d}.png", panel)
 
@@ -184,18 +245,12 @@ def check_output(config: ReconstructionConfig, plans: list[Plan]) -> None:
     for plan in plans:
         if (folder / f"{plan.volume.name}.h5").resolve() == plan.volume.path.resolve():
             raise UserError(f"{plan.volume.path}: the result would replace its own input: choose another --output")
-    images = 6 + 2 * config.samples * config.keep_samples  # in float32: four maps, complex mean, complex samples
+    most = config.samples if config.std_tolerance is None else config.most_samples
+    # In float32: four maps and four of diagnostics, complex mean, complex samples.
+    images = 10 + 2 * most * config.keep_samples
     pixels = sum(len(plan.slices) * plan.volume.recon_shape[0] * plan.volume.recon_shape[1] for plan in plans)
     require_writable(folder)
     require_free_space(folder, 4 * images * pixels + 2**20 * len(plans))
-
-
-def prior_digest(name: str) -> str:
-    """SHA-256 of the prior's files, so that an output says which prior made it."""
-    digest = hashlib.sha256()
-    for path in prior_files(name):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 class _Timed:

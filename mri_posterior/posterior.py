@@ -91,6 +91,41 @@ class StepRecord:
     report: dict[str, float] = field(default_factory=dict)
 
 
+SHORTEST = 10
+"""States that can be cut in two. Neighbouring ones of a Leimkuhler-Matthews chain correlate by one half even where the
+chain forgets at once: R-hat of right chains is then 1.12 for halves of five and 1.41 for halves of two, and shorter
+halves have too few lags to tell how far that correlation reaches.
+"""
+
+
+@dataclass(frozen=True)
+class HalfChains:
+    """What split R-hat and effective sample size need of chains cut in two: enough to drop the states themselves.
+
+    Attributes
+    ----------
+    means: ``[n, 2, ...]``, of each half of each chain.
+    autocovariance: ``[lags, ...]``, lags from 0 in kept states, averaged over all halves; divided by the number of
+        states (not of pairs), per real channel.
+    """
+
+    means: Complex[torch.Tensor, "n 2 *shape"]
+    autocovariance: Float[torch.Tensor, " lags *shape"]
+
+    @classmethod
+    def of(cls, states: Complex[torch.Tensor, "n states *shape"]) -> HalfChains:
+        """The first and last half of every chain; of an odd number of states the middle one belongs to neither."""
+        half = states.shape[1] // 2
+        halves = torch.stack([states[:, :half], states[:, states.shape[1] - half :]], 1)
+        means = halves.mean(2)
+        total = torch.zeros(half, *states.shape[2:], dtype=means.real.dtype, device=states.device)
+        for chain, mean in zip(halves, means, strict=True):  # one by one: large images would need their states thrice
+            offset = torch.view_as_real(chain - mean[:, None])
+            for lag in range(half):
+                total[lag] += (offset[:, lag:] * offset[:, : half - lag]).sum(dim=(0, 1, -1))
+        return cls(means, total / (4 * len(states) * half))
+
+
 @dataclass(frozen=True)
 class ChainMoments:
     """Each chain over the steps of its last level, in which it should have forgotten where it came from.
@@ -100,11 +135,35 @@ class ChainMoments:
     mean: ``[n, H, W]``.
     variance: ``[n, H, W]``, unbiased, per real channel.
     steps: how many.
+    halves: the two halves of every chain; None for fewer than `SHORTEST` steps.
+    magnitude: ``[n, 4, H, W]``, mean and second to fourth central moment of ``|x|`` over each chain; None as `halves`.
+    states: ``[n, t, H, W]``, the states themselves, where they were asked for.
+
+    `halves`, `magnitude` and `states` are of evenly spaced steps where the level is a long one.
     """
 
     mean: Complex[torch.Tensor, "n H W"]
     variance: Float[torch.Tensor, "n H W"]
     steps: int
+    halves: HalfChains | None = None
+    magnitude: Float[torch.Tensor, "n 4 H W"] | None = None
+    states: Complex[torch.Tensor, "n t H W"] | None = None
+
+    @classmethod
+    def of(cls, states: Complex[torch.Tensor, "n t H W"]) -> ChainMoments:
+        """The moments of states at hand, two steps or more; they are not kept."""
+        variance = torch.stack([torch.view_as_real(chain).var(0).mean(-1) for chain in states])
+        halves = magnitude = None
+        if states.shape[1] >= SHORTEST:
+            halves, magnitude = HalfChains.of(states), torch.stack([_central_moments(chain.abs()) for chain in states])
+        return cls(states.mean(1), variance, states.shape[1], halves, magnitude)
+
+
+def _central_moments(draws: Float[torch.Tensor, "t H W"]) -> Float[torch.Tensor, "4 H W"]:
+    mean = draws.mean(0)
+    offset = draws - mean
+    square = offset.square()
+    return torch.stack([mean, square.mean(0), (square * offset).mean(0), square.square().mean(0)])
 
 
 @dataclass(frozen=True)
@@ -133,13 +192,26 @@ class PosteriorSamples:
 
 def join_batches(batches: Sequence[PosteriorSamples]) -> PosteriorSamples:
     """The samples of one slice that were drawn batch by batch; step records and report are those of the last."""
-    chains = None
-    if all(batch.chains is not None for batch in batches):
-        means, variances = ([getattr(b.chains, name) for b in batches] for name in ("mean", "variance"))
-        chains = ChainMoments(torch.cat(means), torch.cat(variances), batches[-1].chains.steps)
     return replace(
         batches[-1],
         images=torch.cat([batch.images for batch in batches]),
         seeds=sum((batch.seeds for batch in batches), ()),
-        chains=chains,
+        chains=_join_chains([batch.chains for batch in batches]),
     )
+
+
+def _join_chains(parts: Sequence[ChainMoments | None]) -> ChainMoments | None:
+    if any(part is None for part in parts):
+        return None
+
+    def joined(name: str) -> torch.Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        return None if any(value is None for value in values) else torch.cat(values)
+
+    halves = None
+    if all(part.halves is not None for part in parts):
+        total = sum(len(part.mean) * part.halves.autocovariance for part in parts)
+        means = torch.cat([part.halves.means for part in parts])
+        halves = HalfChains(means, total / len(means))
+    kept = {name: joined(name) for name in ("mean", "variance", "magnitude", "states")}
+    return ChainMoments(**kept, steps=parts[-1].steps, halves=halves)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Complex, Float
+from scipy.ndimage import map_coordinates
 
 from mri_posterior.config import ReconstructionConfig
 from mri_posterior.embedded import sample_volume
@@ -128,6 +129,17 @@ class PreparedSlice:
         """Images in the file's units, on the file's grid, cropped as fastMRI crops."""
         weighted = images * self.slice_.weight.numpy() * np.float32(self.slice_.scale)
         return image_crop(resample(weighted, (self.rows, self.volume.shape[1])), self.volume.recon_shape)
+
+    def map_to_file(self, image: Float[np.ndarray, "h w"], *, unit: bool) -> Float[np.ndarray, "H W"]:
+        """A smooth real map of the magnitude on the file's grid, interpolated linearly; with `unit` in the file's."""
+        if unit:
+            image = image * np.abs(self.slice_.weight.numpy()) * self.slice_.scale
+        fine = (self.rows, self.volume.shape[1])
+        if image.shape != fine:
+            # The grids of two FFTs of one field of view: centre on centre, so that images of `to_file` lie on top.
+            where = [(np.arange(n) - n // 2) * (m / n) + m // 2 for m, n in zip(image.shape, fine, strict=True)]
+            image = map_coordinates(image, np.meshgrid(*where, indexing="ij"), order=1, mode="nearest")
+        return image_crop(image, self.volume.recon_shape)
 
     @property
     def references(self) -> dict[str, Float[np.ndarray, "H W"]]:

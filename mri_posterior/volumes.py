@@ -1,7 +1,7 @@
 """fastMRI-style HDF5 in and out: k-space volumes as the data sets ship them, reconstructions as we write them.
 
-Nothing is guessed and nothing is swallowed: a file that is not what it should be is a `UserError` that names it.
-Only the slice that is asked for is read. Images and k-space are ``[H, W]`` with H along the readout.
+Nothing is guessed or swallowed: a file that is not what it should be is a `UserError` that names it. Only the slice
+that is asked for is read. Images and k-space are ``[H, W]`` with H along the readout.
 """
 
 from __future__ import annotations
@@ -69,9 +69,10 @@ class Volume:
 class VolumeReconstruction:
     """One volume's result, cropped as fastMRI crops and in the units of the input.
 
-    `reconstruction` is the magnitude of the complex posterior `mean`. `std`, `lower` and `upper` are of the magnitude;
-    the interval holds `level` of the posterior. `samples` are the draws, when kept; `slices` the index in the volume
-    of each slice; `attrs` how it was made (configuration, seed, version, …), whose sequences a file returns as lists.
+    `reconstruction` is the magnitude of the complex posterior `mean`; `std`, `lower` and `upper` are of the magnitude,
+    and the interval holds `level` of the posterior. `slices` are their indices in the volume. `samples`, when kept, are
+    the first draws, as many as every slice has; maps use all ``attrs["n_samples"]``. `diagnostics` are maps by name
+    (`diagnostics.SliceDiagnostics`). `attrs` say how it was made; sequences in them return from a file as lists.
     """
 
     reconstruction: Float32[np.ndarray, "slice h w"]
@@ -83,6 +84,7 @@ class VolumeReconstruction:
     level: float
     slices: list[int]
     attrs: dict[str, Any] = field(default_factory=dict)
+    diagnostics: dict[str, Float32[np.ndarray, "slice h w"]] = field(default_factory=dict)
 
 
 def list_volumes(path: str | Path) -> list[Path]:
@@ -162,18 +164,18 @@ def write_reconstruction(path: str | Path, result: VolumeReconstruction) -> None
     """Write one volume's result as fastMRI's evaluation reads it, whole or not at all.
 
     ``reconstruction`` lies at the root, ``mean``, ``std``, ``lower``, ``upper`` and, when kept, ``samples`` in the
-    group ``posterior``, whose attributes are ``level`` and ``slices``; ``result.attrs`` are the file's attributes.
+    group ``posterior``, with attributes ``level`` and ``slices``, maps in ``diagnostics``, `result.attrs` at the root.
     Raises `UserError` if the disk is too full or the folder cannot be written.
     """
     path = Path(path)
-    names = (*_MAPS, *(("samples",) if result.samples is not None else ()))
+    names = _MAPS if result.samples is None else (*_MAPS, "samples")
     arrays = {"reconstruction": result.reconstruction} | {f"posterior/{name}": getattr(result, name) for name in names}
+    arrays |= {f"diagnostics/{name}": image for name, image in result.diagnostics.items()}
     require_free_space(path.parent, sum(array.nbytes for array in arrays.values()) + 2**20)
     with atomic_path(path) as temporary:
         try:
             with h5py.File(temporary, "w") as file:
-                # Contiguous on purpose: when the disk fills up, HDF5 can crash the process on closing chunked data.
-                for name, array in arrays.items():
+                for name, array in arrays.items():  # contiguous: HDF5 can crash closing chunked data on a full disk
                     file.create_dataset(name, data=array)
                 file["posterior"].attrs.update(level=result.level, slices=result.slices)
                 file.attrs.update(result.attrs)
@@ -188,17 +190,19 @@ def read_reconstruction(path: str | Path) -> VolumeReconstruction:
     """
     path = Path(path)
     with _opened(path) as file:
-        names = (*_MAPS, *(("samples",) if "posterior/samples" in file else ()))
+        names = (*_MAPS, "samples") if "posterior/samples" in file else _MAPS
         arrays = {name: _dataset(file, path, f"posterior/{name}")[()] for name in names}
         arrays["reconstruction"] = _dataset(file, path, "reconstruction")[()]
+        diagnostics = {name: _dataset(file, path, f"diagnostics/{name}")[()] for name in file.get("diagnostics", ())}
         posterior, attrs = _plain(file["posterior"].attrs), _plain(file.attrs)
     level, slices = posterior.get("level"), posterior.get("slices")
     # Every array but the samples has the same axes; theirs has one more, after the slices.
-    shapes = {array.shape[:1] + array.shape[2:] if name == "samples" else array.shape for name, array in arrays.items()}
+    shapes = {a.shape[:1] + a.shape[2:] if name == "samples" else a.shape for name, a in (diagnostics | arrays).items()}
     shape = arrays["reconstruction"].shape
     if shapes != {shape} or len(shape) != 3 or level is None or slices is None or len(slices) != shape[0]:
         raise UserError(f"{path}: its arrays, slices or level do not fit together: reconstruct the volume again")
-    return VolumeReconstruction(**{"samples": None} | arrays, level=level, slices=slices, attrs=attrs)
+    parts = {"samples": None, "diagnostics": diagnostics} | arrays
+    return VolumeReconstruction(**parts, level=level, slices=slices, attrs=attrs)
 
 
 def _read_header(file: h5py.File, path: Path) -> dict[str, Any]:

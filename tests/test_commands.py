@@ -196,6 +196,9 @@ def test_the_layout_is_the_documented_one(done):
             "posterior/lower": (images, "float32"),
             "posterior/upper": (images, "float32"),
             "posterior/samples": (drawn, "complex64"),
+            "diagnostics/rhat": (images, "float32"),
+            "diagnostics/mcse_mean": (images, "float32"),
+            "diagnostics/mcse_std": (images, "float32"),
         }
         assert dict(file["posterior"].attrs)["level"] == 0.9
         assert list(file["posterior"].attrs["slices"]) == [0, 1]
@@ -244,6 +247,28 @@ def test_success_is_told_in_one_line(place, command):
     assert (outcome.code, outcome.out) == (0, "")
     assert str(place.output / "scan.h5") in outcome.err.splitlines()[-1]
     assert re.search(r"rss: NMSE [\d.]+, PSNR [\d.]+, SSIM [\d.]+", outcome.err.splitlines()[-1])
+
+
+def test_diagnostics_are_told_in_a_line_and_kept(place, command):
+    """Levels of twelve steps, and a tolerance that six samples cannot meet."""
+    outcome = command(
+        reconstruct.main,
+        *("--config", place.config, "--set", "sampler.final_steps=11"),
+        *("--set", "std_tolerance=0.01", "--set", "most_samples=6"),
+    )
+    assert outcome.code == 0
+    assert re.search(r"scan: Monte-Carlo error of the standard deviation \d+ % .*R-hat .*sample size \d+", outcome.err)
+    assert "std_tolerance 0.01 was not met by most_samples 6" in outcome.err
+    result = read_reconstruction(place.output / "scan.h5")
+    assert result.samples.shape[1] == 6
+    assert result.attrs["n_samples"] == [6, 6]
+    assert set(result.diagnostics) == {"rhat", "ess", "mcse_mean", "mcse_std"}
+    for name in ("disagreeing_share", "stuck_share", "median_rhat", "median_ess", "mcse_std_relative"):
+        assert np.isfinite(result.attrs[name]).all() and len(result.attrs[name]) == N_SLICES, name
+    # In the file's units: 6 draws know their mean to 0.41 of their spread; chains know that spread better than they.
+    object_ = result.reconstruction > 0.5 * result.reconstruction.max()
+    ratio = result.diagnostics["mcse_mean"][object_] / result.std[object_]
+    assert 0.5 < np.median(ratio) * 6**0.5 < 2
 
 
 # The same seed gives the same samples, whatever the batch

@@ -17,7 +17,9 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
     return [(text[: match.start(1)].count("\n") + 1, match[1]) for match in found]
 
 
-@pytest.mark.parametrize(("name", "printed"), [("library.md", "langevin"), ("priors.md", "prior:")])
+@pytest.mark.parametrize(
+    ("name", "printed"), [("library.md", "langevin"), ("priors.md", "prior:"), ("diagnostics.md", "rhat=")]
+)
 def test_python_blocks_run_in_order(name, printed, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some write files
     path = DOCS / name

@@ -397,6 +397,7 @@ def result(n_samples: int | None = 4, seed: int = 3) -> VolumeReconstruction:
         level=0.9,
         slices=[4, 7],
         attrs={"config": "a: 1\n" * 10**5, "seed": 3, "scale": [1.5, 2.5], "prior": ["x", "y"], "kept": True},
+        diagnostics={"rhat": std + 1, "mcse_std": std / 4},
     )
 
 
@@ -413,6 +414,13 @@ def test_round_trip(tmp_path, n_samples):
             assert before.dtype == after.dtype
             np.testing.assert_array_equal(before, after)
     assert (read.level, read.slices, read.attrs) == (written.level, written.slices, written.attrs)
+    assert set(read.diagnostics) == {"rhat", "mcse_std"}
+    np.testing.assert_array_equal(read.diagnostics["rhat"], written.diagnostics["rhat"])
+
+
+def test_a_file_without_diagnostics_has_none(tmp_path):
+    write_reconstruction(tmp_path / "a.h5", replace(result(), diagnostics={}))
+    assert read_reconstruction(tmp_path / "a.h5").diagnostics == {}
 
 
 def test_the_layout_is_the_documented_one(tmp_path):
@@ -427,6 +435,8 @@ def test_the_layout_is_the_documented_one(tmp_path):
             "posterior/lower": ((2, 8, 6), "float32"),
             "posterior/upper": ((2, 8, 6), "float32"),
             "posterior/samples": ((2, 4, 8, 6), "complex64"),
+            "diagnostics/rhat": ((2, 8, 6), "float32"),
+            "diagnostics/mcse_std": ((2, 8, 6), "float32"),
         }
         # Chunked data can crash the process when the disk fills up while it is written.
         assert all(item.chunks is None for item in layout.values())
@@ -443,6 +453,8 @@ def break_reconstruction(path: Path, how: str) -> None:
         elif how == "shape":
             del file["posterior/std"]
             file["posterior/std"] = np.ones((2, 8, 5), np.float32)
+        elif how == "diagnostics":
+            file["diagnostics/ess"] = np.ones((2, 8, 5), np.float32)
         elif how == "samples":
             del file["posterior/samples"]
             file["posterior/samples"] = np.ones((2, 8, 6), np.complex64)
@@ -451,7 +463,7 @@ def break_reconstruction(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", ["level", "slices", "shape", "samples", "reconstruction", "posterior", "posterior/upper"]
+    "how", ["level", "slices", "shape", "samples", "diagnostics", "reconstruction", "posterior", "posterior/upper"]
 )
 def test_a_reconstruction_that_is_not_one(tmp_path, how):
     write_reconstruction(tmp_path / "a.h5", result())

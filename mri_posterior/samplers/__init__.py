@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Complex
 
 from mri_posterior.noise import NoiseStreams, stable_seed
-from mri_posterior.posterior import ChainMoments, Posterior, PosteriorSamples, StepRecord
+from mri_posterior.posterior import Posterior, PosteriorSamples, StepRecord
 from mri_posterior.samplers.annealed_langevin import AnnealedLangevin
+from mri_posterior.samplers.chains import ChainRecorder
 from mri_posterior.samplers.csgm_langevin import CSGMLangevin
 from mri_posterior.samplers.daps import DAPS
 from mri_posterior.samplers.dds import DDS
@@ -62,22 +63,6 @@ class _CountingPrior:
         return self.prior(x, sigma)
 
 
-class _RunningMoments:
-    """Mean and variance of each chain without keeping its steps (Welford 1962)."""
-
-    def __init__(self):
-        self.steps, self.mean, self.squares = 0, 0.0, 0.0
-
-    def add(self, x: torch.Tensor) -> None:
-        self.steps += 1
-        offset = x - self.mean
-        self.mean = self.mean + offset / self.steps
-        self.squares = self.squares + (offset.conj() * (x - self.mean)).real / 2
-
-    def result(self) -> ChainMoments | None:
-        return ChainMoments(self.mean, self.squares / (self.steps - 1), self.steps) if self.steps > 1 else None
-
-
 @torch.no_grad()
 def sample(
     sampler: Sampler,
@@ -89,6 +74,7 @@ def sample(
     first: int = 0,
     warm_start: Complex[torch.Tensor, "H W"] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    keep_states: bool = False,
 ) -> PosteriorSamples:
     """Draw samples of the posterior.
 
@@ -99,6 +85,7 @@ def sample(
         slice.
     warm_start: a cheap reconstruction for samplers that use one.
     progress: called after each step with the steps done and their total.
+    keep_states: give the last level's states with the result, ``chains.states`` (at most `chains.MOST_STATES` a chain).
 
     Raises
     ------
@@ -111,7 +98,7 @@ def sample(
     plan = sampler.plan(posterior)
     state = sampler.start(posterior, streams, warm_start)
     records = []
-    moments = _RunningMoments()
+    chains = ChainRecorder(plan.count(plan[-1]), keep_states)
     for done, step in enumerate(plan, 1):
         before = state.x
         state = sampler.step(streams, state, step)
@@ -120,6 +107,6 @@ def sample(
             raise SamplingFailed(f"{sampler.name} diverged in {step.phase} level {step.level}: lower sampler.h")
         records.append(StepRecord(step.phase, step.sigma, step.eta, float(change), state.report()))
         if step == plan[-1] and not state.interacting:
-            moments.add(state.x)
+            chains.add(state.x)
         progress(done, len(plan))
-    return PosteriorSamples(state.x, counter.calls, records, sampler.sigma_min, seeds, state.report(), moments.result())
+    return PosteriorSamples(state.x, counter.calls, records, sampler.sigma_min, seeds, state.report(), chains.result())
