@@ -83,7 +83,7 @@ def prepare_slice(
 
     calibration = acs_region(mask)
     maps = estimate_maps(measured, calibration, coils)
-    low_resolution = _low_resolution_image(measured, maps, calibration)
+    low_resolution = low_resolution_image(measured, maps, calibration)
     scale = float(np.quantile(np.abs(low_resolution), 0.99))
     if not scale > 0:
         raise UserError("the centre of k-space holds no signal: the slice is empty")
@@ -145,7 +145,9 @@ def _crop_readout(kspace: Complex[np.ndarray, "coils H W"], rows: int) -> Comple
     return np.fft.fftshift(np.fft.fft(np.fft.ifftshift(image, axes=-2), axis=-2, norm="ortho"), axes=-2)
 
 
-def _low_resolution_image(kspace, maps, calibration: tuple[int, int]) -> Complex[np.ndarray, "H W"]:
+def low_resolution_image(
+    kspace: Complex[np.ndarray, "coils H W"], maps: Complex[np.ndarray, "coils H W"], calibration: tuple[int, int]
+) -> Complex[np.ndarray, "H W"]:
     """Coil-combined image of the fully sampled centre, tapered against ringing: the source of scale and phase."""
     window: Float[np.ndarray, "H W"] = np.zeros(kspace.shape[1:])
     taper = [
