@@ -29,8 +29,8 @@ from benchmarks.paper.style import table
 from mri_posterior.augmentation import percentile, scan
 from mri_posterior.baselines import BASELINES
 from mri_posterior.calibration import Estimate, spread_skill
+from mri_posterior.calibration_data import simulated_slice
 from mri_posterior.config import ReconstructionConfig, load_config
-from mri_posterior.exact import coil_maps, white
 from mri_posterior.masks import MaskConfig, make_mask
 from mri_posterior.metrics import psnr, ssim
 from mri_posterior.noise import stable_seed
@@ -41,7 +41,6 @@ from mri_posterior.samplers import Sampler, sample
 from mri_posterior.slices import MultiCoilSlice
 
 POSTERIOR_MEAN, CHAIN_MEAN, ONE_SAMPLE = "posterior mean", "mean of the chains", "one sample"
-COILS = 8
 HEIGHTS = (0.5,)  # of the head, from its lowest slice to its highest
 # Multiples of the noise level (CG-SENSE) or of its square (sparse methods); each setting's best lies inside.
 GRIDS = {
@@ -78,13 +77,9 @@ class Score:
 
 def measure(image: Complex[torch.Tensor, "H W"], setting: Setting, index: int) -> MultiCoilSlice:
     """Slice number `index` as `setting` measures it: undersampled multi-coil k-space with noise."""
-    shape = (image.shape[0], image.shape[1])
-    maps = coil_maps(COILS, shape, torch.complex64)
-    mask = torch.from_numpy(make_mask(setting.mask, shape, "retrospective"))
+    mask = torch.from_numpy(make_mask(setting.mask, (image.shape[0], image.shape[1]), "retrospective"))
     generator = torch.Generator().manual_seed(stable_seed("retrospective", setting.name, index))
-    kspace = SenseOperator(maps, mask).forward(image)
-    kspace = kspace + mask * setting.noise_std * white(generator, *kspace.shape, dtype=torch.complex64)
-    return MultiCoilSlice(kspace, mask, maps, setting.noise_std, 1.0, torch.ones(shape, dtype=torch.complex64))
+    return simulated_slice(image, mask, setting.noise_std, generator)
 
 
 def score(truth: Complex[torch.Tensor, "H W"], image: Complex[torch.Tensor, "H W"]) -> Score:

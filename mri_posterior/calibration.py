@@ -12,13 +12,44 @@ a sampler which ignores its data (Modrák et al. 2023).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Int
 from scipy import stats
+
+from mri_posterior.dispersion import (
+    ErrorSums,
+    Estimate,
+    averaging_gain,
+    check_replicates,
+    error_sums,
+    faults,
+    group_sums,
+    ratio,
+    spread_skill,
+)
+
+__all__ = [
+    "CoverageCurve",
+    "ErrorSums",
+    "Estimate",
+    "IntervalCoverage",
+    "RankTest",
+    "averaging_gain",
+    "error_sums",
+    "faults",
+    "group_sums",
+    "holm",
+    "interval_coverage_from_ranks",
+    "rank_test",
+    "ratio",
+    "sbc_ranks",
+    "spread_skill",
+    "tarp",
+    "uniformity",
+]
 
 
 @dataclass(frozen=True)
@@ -71,20 +102,6 @@ class IntervalCoverage:
     p_values: Float[np.ndarray, "levels k"]
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A figure, its standard error over replicates, and what a right sampler gives."""
-
-    value: float
-    standard_error: float
-    expected: float
-
-    @property
-    def z(self) -> float:
-        """Standard errors away from what is expected."""
-        return (self.value - self.expected) / self.standard_error
-
-
 def rank_test(
     truth: Float[np.ndarray, "replicates k"],
     samples: Float[np.ndarray, "replicates M k"],
@@ -116,7 +133,7 @@ def sbc_ranks(
     ------
     ValueError: arrays that do not belong together, or that hold NaN.
     """
-    _check(truth, samples)
+    check_replicates(truth, samples)
     below = (samples < truth[:, None]).sum(axis=1)
     ties = (samples == truth[:, None]).sum(axis=1)
     return below + rng.integers(0, ties + 1)
@@ -171,7 +188,7 @@ def tarp(
     ------
     ValueError: arrays that do not belong together, or that hold NaN.
     """
-    _check(truth, samples)
+    check_replicates(truth, samples)
     if references.shape != truth.shape:
         raise ValueError(f"references {references.shape}: one per truth {truth.shape} is expected")
     # Truths are scaled with their samples, which keeps them exchangeable; a constant functional adds no distance.
@@ -208,64 +225,3 @@ def interval_coverage_from_ranks(
     test = np.vectorize(lambda count, level: stats.binomtest(int(count), len(ranks), level).pvalue)
     p_values = test(inside, exact[:, None])
     return IntervalCoverage(exact, inside / len(ranks), np.sqrt(exact * (1 - exact) / len(ranks)), p_values)
-
-
-def spread_skill(truth: Num[np.ndarray, "replicates ..."], samples: Num[np.ndarray, "replicates M ..."]) -> Estimate:
-    """Is the samples' spread the size of their mean's error? ``V/B``: 1 expected, below it overconfident.
-
-    ``V = mean |s_j - s|^2 / (M - 1)`` summed over samples and ``B = mean |s - x|^2 - V/M``, s the mean of M samples:
-    both are unbiased for the posterior variance. Complex arrays, such as whole images, count both channels.
-
-    Raises
-    ------
-    ValueError: arrays that do not belong together, NaN, or a single sample.
-    """
-    variance, error = _variance_and_error(truth, samples)
-    skill = error - variance / samples.shape[1]
-    return _ratio(variance, skill, expected=1.0)
-
-
-def averaging_gain(truth: Num[np.ndarray, "replicates ..."], samples: Num[np.ndarray, "replicates M ..."]) -> Estimate:
-    """By how many dB the mean of M samples beats one sample in squared error: ``10 log10(2M/(M + 1))`` expected.
-
-    A sample misses the truth by twice the posterior variance, the mean by ``1 + 1/M`` times it. Too little gain means
-    too little spread, as much as biased samples.
-
-    Raises
-    ------
-    ValueError: as `spread_skill`.
-    """
-    variance, of_mean = _variance_and_error(truth, samples)
-    n_samples = samples.shape[1]
-    # Mean over samples of |s_j - x|^2, without forming the differences again.
-    ratio = _ratio(of_mean + variance * (n_samples - 1) / n_samples, of_mean, expected=2 * n_samples / (n_samples + 1))
-    error = 10 / math.log(10) * ratio.standard_error / ratio.value
-    return Estimate(10 * math.log10(ratio.value), error, 10 * math.log10(ratio.expected))
-
-
-def _variance_and_error(truth: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per replicate, the samples' unbiased variance and the squared error of their mean, summed over the rest."""
-    _check(truth, samples)
-    n, n_samples = samples.shape[:2]
-    if n_samples < 2:
-        raise ValueError("spread needs at least 2 samples per replicate")
-    mean = samples.mean(axis=1)
-    variance = (np.abs(samples - mean[:, None]) ** 2).reshape(n, -1).sum(axis=1) / (n_samples - 1)
-    return variance, (np.abs(mean - truth) ** 2).reshape(n, -1).sum(axis=1)
-
-
-def _ratio(numerator: Float[np.ndarray, " n"], denominator: Float[np.ndarray, " n"], expected: float) -> Estimate:
-    """Ratio of means, with the delta method's standard error over replicates."""
-    value = numerator.mean() / denominator.mean()
-    residual = numerator - value * denominator
-    error = residual.std(ddof=1) / math.sqrt(len(residual)) / abs(denominator.mean())
-    return Estimate(float(value), float(error), expected)
-
-
-def _check(truth: np.ndarray, samples: np.ndarray) -> None:
-    if samples.ndim != truth.ndim + 1 or truth.shape != samples.shape[:1] + samples.shape[2:]:
-        raise ValueError(
-            f"truth {truth.shape} and samples {samples.shape}: expected [replicates, …] and [replicates, M, …]"
-        )
-    if np.isnan(truth).any() or np.isnan(samples).any():
-        raise ValueError("truth or samples hold NaN: a rank would count it as neither above nor below")

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from mri_posterior.coils import CoilConfig
+from mri_posterior.conformal import ConformalConfig
 from mri_posterior.errors import UserError
 from mri_posterior.masks import MaskConfig
 from mri_posterior.measurement import NoiseConfig
@@ -61,7 +62,14 @@ class ReconstructionConfig:
     mask: undersampling of fully sampled volumes. A volume that carries its own mask keeps that one.
     sampler, warm_start: how samples are drawn; a warm start is one of the baselines.
     samples, batch, seed: samples per slice, how many run at once, and the seed. `batch` does not change a sample.
+    std_tolerance, most_samples: with a tolerance, a slice gets further samples, `samples` at a time and `most_samples`
+        at most, until the median relative Monte-Carlo error of its tissue's standard deviation is below it. M normal
+        draws have ``1/sqrt(2 (M - 1))``: 0.27 for 8, 0.13 for 32, 0.09 for 64.
     level: of the interval maps.
+    conformal: scale the intervals by the factor that the prior's calibration certificate has for `level`.
+    certificate: file or folder of that certificate; None means the one beside the prior, if there is one.
+    withhold: share of the measurements outside of the calibration centre that the verdict sets aside and has predicted
+        by four further samples per slice; 0 judges by residuals alone and costs nothing.
     keep_samples: store every sample in the output file.
     """
 
@@ -79,8 +87,13 @@ class ReconstructionConfig:
     warm_start: Literal["cg_sense", "l1_wavelet"] = "cg_sense"
     samples: Annotated[int, Field(ge=2)] = 8
     batch: Annotated[int, Field(ge=1)] = 8
+    std_tolerance: Annotated[float, Field(gt=0)] | None = None
+    most_samples: Annotated[int, Field(ge=2)] = 64
     seed: int = 0
     level: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    conformal: bool = False
+    certificate: str | None = None
+    withhold: Annotated[float, Field(ge=0, lt=1)] = 0.0
     keep_samples: bool = True
     device: Device = "auto"
 
@@ -91,6 +104,81 @@ class ReconstructionConfig:
             raise UserError(
                 "sampler tempered_smc weighs all samples of a slice against one another: set batch to at least samples"
             )
+        if self.std_tolerance is not None and isinstance(self.sampler, TemperedSMC):
+            raise UserError(
+                "std_tolerance: sampler tempered_smc cannot add samples to those it has: raise samples instead"
+            )
+        if self.std_tolerance is not None and self.most_samples < self.samples:
+            raise UserError(f"most_samples {self.most_samples} is below samples {self.samples}: raise it")
+
+
+@dataclass(frozen=True)
+class CalibrationSetting:
+    """One way to measure. `noise_std` is the range from which each slice's noise level is drawn, uniformly in the log,
+    per real channel in units of the image's 99th percentile; for data that bring their own noise it must be null."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    name: str
+    mask: MaskConfig
+    noise_std: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.noise_std is not None and not 0 < self.noise_std[0] <= self.noise_std[1]:
+            raise UserError(f"noise_std {self.noise_std} of setting {self.name}: give [lowest, highest], above 0")
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """What ``calibrate`` needs.
+
+    Attributes
+    ----------
+    kind: of `input`. ``magnitude`` is a file of magnitude slices (see `training_data.MagnitudeSlices`), whose
+        validation subjects are measured by simulated coils; ``volumes`` a folder of fully sampled fastMRI volumes.
+    output: folder for the certificate, and for what each slice gave, so that an interrupted run goes on.
+    beside_prior: put the certificate into the prior's directory too, where it is found.
+    settings: ways to measure.
+    subjects, slices_per_subject: at most so many, and slices of each, evenly spaced; None means all subjects.
+    coils, noise: of ``volumes``, as in `ReconstructionConfig`.
+    prior, sampler, warm_start, samples, batch, seed, device: as there.
+    levels: of the intervals judged.
+    conformal: how they are scaled, for some of `levels`; None leaves them as they are.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    prior: PriorConfig
+    settings: Annotated[tuple[CalibrationSetting, ...], Field(min_length=1)]
+    kind: Literal["magnitude", "volumes"] = "magnitude"
+    input: str | None = None
+    output: str = "outputs/calibration"
+    beside_prior: bool = False
+    subjects: Annotated[int, Field(ge=2)] | None = None
+    slices_per_subject: Annotated[int, Field(ge=1)] = 4
+    coils: CoilConfig = field(default_factory=CoilConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    sampler: AnySampler = field(default_factory=AnnealedLangevin)
+    warm_start: Literal["cg_sense", "l1_wavelet"] = "cg_sense"
+    samples: Annotated[int, Field(ge=4)] = 8
+    batch: Annotated[int, Field(ge=1)] = 8
+    seed: int = 0
+    levels: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (0.5, 0.8, 0.9, 0.95)
+    conformal: ConformalConfig | None = field(default_factory=ConformalConfig)
+    device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        if self.conformal is not None and not set(self.conformal.levels) <= set(self.levels):
+            raise UserError(f"conformal.levels {self.conformal.levels}: they must be among levels {self.levels}")
+        for setting in self.settings:
+            if (setting.noise_std is None) == (self.kind == "magnitude"):
+                raise UserError(f"setting {setting.name}: noise_std is for kind magnitude, which needs it")
+        self.reconstruction(self.settings[0].mask)
+
+    def reconstruction(self, mask: MaskConfig) -> ReconstructionConfig:
+        """How a slice is reconstructed: as ``reconstruct`` does with the same values."""
+        same = ("prior", "coils", "noise", "sampler", "warm_start", "samples", "batch", "seed", "device")
+        return ReconstructionConfig(mask=mask, **{name: getattr(self, name) for name in same})
 
 
 @dataclass(frozen=True)
@@ -272,6 +360,9 @@ def _explain(cls: type, problem: dict[str, Any]) -> str:
     for parent in parents:
         if parent in SAMPLERS and path[-1:] == ["sampler"]:
             known = SAMPLERS[parent]  # pydantic puts the chosen sampler's name into the path
+            continue
+        if parent.isdigit():  # of a sequence, whose items `known` is
+            path.append(parent)
             continue
         known = get_type_hints(known).get(parent) if is_dataclass(known) else None
         known = next((option for option in get_args(known) if is_dataclass(option)), known)  # of an optional group

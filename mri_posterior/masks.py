@@ -144,6 +144,20 @@ def is_cartesian_1d(mask: Bool[np.ndarray, "H W"]) -> bool:
     return bool((mask == mask[:1]).all())
 
 
+def mask_family(mask: Bool[np.ndarray, "H W"]) -> str:
+    """``fully sampled``, ``2-D``, or by the gaps between lines around the centre ``1-D equispaced``, ``1-D random``."""
+    if mask.all():
+        return "fully sampled"
+    if not is_cartesian_1d(mask):
+        return "2-D"
+    width = acs_region(mask)[1]
+    start = mask.shape[1] // 2 - width // 2
+    lines = np.flatnonzero(mask[0])
+    gaps = np.concatenate([np.diff(lines[lines < start]), np.diff(lines[lines >= start + width])])
+    # An acceleration that is no whole number is met by gaps that differ by one.
+    return "1-D equispaced" if len(gaps) and np.ptp(gaps) <= 1 else "1-D random"
+
+
 def import_fastmri(module: str) -> ModuleType:
     """``fastmri.<module>``, imported when first needed because it takes seconds.
 

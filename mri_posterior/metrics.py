@@ -175,6 +175,32 @@ def interval_coverage(
     return result
 
 
+def crps(
+    target: Float[np.ndarray, "*shape"], samples: Float[np.ndarray, " samples *shape"]
+) -> tuple[Float[np.ndarray, "*shape"], Float[np.ndarray, "*shape"]]:
+    """Is the whole distribution near the truth? Continuous ranked probability score per pixel, in the samples' unit.
+
+    ``E|X - x| - E|X - X'|/2`` with independent draws X, X' of the posterior, estimated without bias from M samples
+    ("fair", Ferro 2014): ``mean_j |x_j - x| - sum_(i<j) |x_i - x_j| / (M (M - 1))``. The smaller the better; of one
+    exact value it is the absolute error.
+
+    Returns
+    -------
+    The score, and what it is on average if the truth is a further draw: the second term.
+
+    Raises
+    ------
+    UserError: a single sample, or shapes that differ.
+    """
+    n = len(samples)
+    if n < 2 or samples.shape[1:] != target.shape:
+        raise UserError(f"the score needs two samples of the target's shape {target.shape}: they are {samples.shape}")
+    # Sorted, the i-th of n values is above i others and below n - 1 - i.
+    weights = 2.0 * np.arange(n) - (n - 1)
+    pairs = np.tensordot(weights, np.sort(samples, axis=0), axes=1) / (n * (n - 1))
+    return np.abs(samples - target).mean(axis=0) - pairs, pairs
+
+
 def _checked(
     target: Float[np.ndarray, "slice h w"], reconstruction: Float[np.ndarray, "slice h w"]
 ) -> tuple[Float[np.ndarray, "slice h w"], Float[np.ndarray, "slice h w"]]:

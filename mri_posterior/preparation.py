@@ -107,6 +107,15 @@ def grid_of_voxels(shape: tuple[int, int], voxel: tuple[float, float], wanted: f
     return rows, columns
 
 
+def reconstructed_voxel_size(config: ReconstructionConfig, plan: Plan) -> tuple[float, float]:
+    """Rows and columns spacing, in mm, at the resolution that is reconstructed."""
+    voxel = plan.volume.voxel_size_mm or (config.prior.assumed_voxel_size_mm,) * 2
+    if plan.grid is None:
+        return voxel
+    full = (plan.rows, plan.volume.shape[1])
+    return tuple(v * n / kept for v, n, kept in zip(voxel, full, plan.grid, strict=True))
+
+
 @dataclass(frozen=True)
 class PreparedSlice:
     """A slice ready for inference and what is needed to return its images to the file.

@@ -52,6 +52,7 @@ class Check:
         whichever is more; position is in k-space points.
     p_value: under a right model; `adjusted` by Holm over all checks of the scan.
     alarm: significant, and beyond the margin.
+    misfit: of a residual, what is more than noise as a share of the signal there, root mean square.
     contrast: of a line's residual outside of the calibration centre, over that of the bands it crosses: near 1 where
         all lines are alike.
     """
@@ -63,19 +64,24 @@ class Check:
     adjusted: float = 1.0
     alarm: bool = False
     contrast: float = 1.0
+    misfit: float = math.inf
 
 
 def residual_checks(slice_: MultiCoilSlice, kept: Mask, samples: Images) -> Iterable[Check]:
     """Are the residuals of what the samples have seen, `kept`, noise: of the scan, each band, line and coil?"""
     residual = SenseOperator(slice_.maps, kept).residual(samples, slice_.kspace) / slice_.noise_std
     energy = residual.abs().square().double()
+    measured = (kept * slice_.kspace / slice_.noise_std).abs().square().double()
     bands, lines = _bands(kept), _lines(kept)
     groups = {"scan": kept} | bands | lines
     degrees = 2 * len(slice_.maps) * _sums(kept[None].double(), groups)[0]
     outside, mean_energy = kept & ~calibration_centre(slice_.mask), energy.mean((0, 1)) / 2
+    signals = (_sums(measured.sum(0)[None], groups)[0] - degrees).clamp_min(TINY).tolist()
     of_band = torch.zeros(kept.shape, dtype=torch.float64, device=kept.device)
-    for where, of_group, n in zip(groups, _sums(energy.sum(1), groups).T, degrees.tolist(), strict=True):
-        check = _residual_check(where, of_group, n)
+    for where, of_group, n, signal in zip(
+        groups, _sums(energy.sum(1), groups).T, degrees.tolist(), signals, strict=True
+    ):
+        check = _residual_check(where, of_group, n, signal)
         if where in bands:
             of_band[bands[where]] = check.value
         if where in lines and (lines[where] & outside).any():
@@ -83,8 +89,9 @@ def residual_checks(slice_: MultiCoilSlice, kept: Mask, samples: Images) -> Iter
             ratio = mean_energy[beside].mean() / of_band[beside].mean()
             check = replace(check, contrast=float(ratio))
         yield check
-    for coil, of_coil in enumerate(energy.sum((-2, -1)).T):
-        yield _residual_check(f"coil {coil}", of_coil, float(degrees[0] / len(slice_.maps)))
+    of_each = float(degrees[0] / len(slice_.maps))
+    for coil, (of_coil, power) in enumerate(zip(energy.sum((-2, -1)).T, measured.sum((-2, -1)).tolist(), strict=True)):
+        yield _residual_check(f"coil {coil}", of_coil, of_each, max(power - of_each, TINY))
 
 
 def line_checks(slice_: MultiCoilSlice, kept: Mask, samples: Images) -> Iterable[Check]:
@@ -110,9 +117,11 @@ def line_checks(slice_: MultiCoilSlice, kept: Mask, samples: Images) -> Iterable
             yield Check("position", name + "s", float(offset.mean()), _combined(2 * stats.norm.sf(total.abs())))
 
 
-def _residual_check(where: str, energy: Float[torch.Tensor, " M"], degrees: float) -> Check:
+def _residual_check(where: str, energy: Float[torch.Tensor, " M"], degrees: float, signal: float) -> Check:
     p_values = 2 * np.minimum(stats.chi2.sf(energy, degrees), stats.chi2.cdf(energy, degrees))
-    return Check("residual", where, float(energy.mean()) / degrees, _combined(p_values))
+    mean = float(energy.mean())
+    misfit = math.sqrt(max(mean - degrees, 0.0) / signal)
+    return Check("residual", where, mean / degrees, _combined(p_values), misfit=misfit)
 
 
 def _score(

@@ -231,8 +231,8 @@ A denoiser `D(x, sigma) = E[x_0 | x]` for complex MR images, used as prior by `m
 - Noise levels: {network.sigma_min} to {network.sigma_max} per real channel, images scaled to a 99th
   percentile of about 1
 - Voxel size: {network.voxel_size_mm[0]} to {network.voxel_size_mm[1]} mm
-- Training: {config.steps} steps of {config.batch} images of {config.crop[0]}x{config.crop[1]}{late}, seed {config.seed},
-  {config.optimiser} at {config.learning_rate:g}, starting from {start}{convolutions}
+- Training: {config.steps} steps of {config.batch} images of {config.crop[0]}x{config.crop[1]}{late},
+  seed {config.seed}, {config.optimiser} at {config.learning_rate:g}, starting from {start}{convolutions}
 
 ## Denoising and score error on held-out subjects
 

@@ -48,6 +48,9 @@ CONTRAST = 1.15
 """Of a line over its band: names the cause. Without it the model, not the line, is what does not fit."""
 MODEL_MARGIN = 1.3
 """Of a band or coil: what a prior or coil maps that are a little wrong leave there."""
+MISFIT_MARGIN = 0.05
+"""What more than noise is left of a line, band or coil, as a share of its signal. At the centre of k-space the signal
+is hundreds of times the noise, and coil maps known to a per cent leave many times the noise there."""
 GAIN_MARGIN = -0.3
 """Signal that a line has beyond its prediction, as a share of it."""
 POSITION_MARGIN = 0.03
@@ -64,7 +67,8 @@ class Verdict:
     Attributes
     ----------
     consistent: no check gave an alarm.
-    line: the verdict with its likely cause in one plain line.
+    line: the verdict with its likely cause in one plain line: ``consistent: …``, ``suspicious, because …`` or, of what
+        coil maps or prior may be to blame for rather than the acquisition, ``caution: …``.
     cause: ``none``, ``noise too low``, ``noise too high``, ``empty lines``, ``positions``, ``lines`` or ``model``.
     checks: all of them.
     suspicious_lines: columns (and rows, of 2-D masks) to blame, the worst first.
@@ -146,7 +150,8 @@ def judge(slice_: MultiCoilSlice, withheld: Mask, samples: Images, n_slices: int
         checks.append(prediction)
     checks = _decide(checks, n_slices)
     cause, reason, lines = _explain(checks)
-    line = reason if cause == "none" else f"suspicious, because {reason}"
+    grade = {"none": "", "model": "caution: "}.get(cause, "suspicious, because ")
+    line = grade + reason
     return Verdict(cause == "none", line, cause, tuple(checks), lines, coverage, log_score)
 
 
@@ -191,7 +196,11 @@ def _beyond_margin(check: Check) -> bool:
         return value < 1 / NOISE_MARGIN
     if check.where == "scan":
         return value < 1 / NOISE_MARGIN or value > NOISE_MARGIN
-    return value > (LINE_MARGIN if check.where.startswith(LINES) else MODEL_MARGIN)
+    return _more_than_noise(check) and check.misfit > MISFIT_MARGIN
+
+
+def _more_than_noise(check: Check) -> bool:
+    return check.value > (LINE_MARGIN if check.where.startswith(LINES) else MODEL_MARGIN)
 
 
 def _explain(checks: list[Check]) -> tuple[str, str, tuple[str, ...]]:
@@ -212,9 +221,12 @@ def _explain(checks: list[Check]) -> tuple[str, str, tuple[str, ...]]:
         )
         return f"noise too {word}", f"the noise level is too {word}: residuals are {size}", ()
 
-    alarms = sorted((check for check in checks if check.alarm), key=lambda check: check.p_value)
+    # What the scan as a whole has beyond noise, and not at all frequencies, is told by its bands.
+    alarms = sorted((check for check in checks if check.alarm and check != scan), key=lambda check: check.p_value)
     if not alarms:
-        fit = f"residuals are noise of the level given (chi-squared {scan.value:.2f} per datum)"
+        misfits = [band.misfit for band in bands if band.adjusted < FALSE_ALARM and _more_than_noise(band)]
+        model = f"; coil maps and prior miss {100 * max(misfits):.1f} % of the signal" if misfits else ""
+        fit = f"residuals are noise of the level given (chi-squared {scan.value:.2f} per datum{model})"
         return "none", f"consistent: {fit}", ()
     empty = tuple(check.where for check in alarms if check.kind == "gain")
     if empty:

@@ -23,7 +23,7 @@ import pytest
 import torch
 import yaml
 
-from mri_posterior import __version__, cli, evaluate, pipeline, reconstruct
+from mri_posterior import __version__, cli, evaluate, reconstruct, summaries
 from mri_posterior.baselines import BASELINES
 from mri_posterior.config import ReconstructionConfig, load_config, parse_config
 from mri_posterior.errors import UserError
@@ -130,7 +130,7 @@ def workplace(folder: Path, prior: Path) -> Workplace:
 @pytest.fixture
 def place(tmp_path, prior, monkeypatch) -> Workplace:
     """A workplace of the test's own. Its panels are files without a picture: drawing them is half of the time."""
-    monkeypatch.setattr(pipeline, "write_panel", lambda path, panel: Path(path).write_text(panel.title))
+    monkeypatch.setattr(summaries, "write_panel", lambda path, panel: Path(path).write_text(panel.title))
     return workplace(tmp_path, prior)
 
 

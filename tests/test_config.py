@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from mri_posterior.config import (
+    CalibrationConfig,
     ReconstructionConfig,
     TrainingConfig,
     config_path,
@@ -41,7 +42,7 @@ def refusal(call, *arguments) -> str:
 
 
 def kind_of(path: Path) -> type:
-    kinds = {"train": TrainingConfig, "prepare": TrainingSetConfig}
+    kinds = {"train": TrainingConfig, "prepare": TrainingSetConfig, "calibrate": CalibrationConfig}
     return kinds.get(path.name.split("_")[0], ReconstructionConfig)
 
 

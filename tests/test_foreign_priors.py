@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from mri_posterior import evaluate, pipeline, reconstruct
+from mri_posterior import evaluate, pipeline, reconstruct, summaries
 from mri_posterior.config import ReconstructionConfig, parse_config
 from mri_posterior.errors import UserError
 from mri_posterior.exact import power_law, white
@@ -441,7 +441,7 @@ def test_broken_files_are_refused(tmp_path, name):
 def test_reconstruct_and_evaluate_take_such_a_prior(tmp_path, kind, command, monkeypatch):  # noqa: F811
     from diffusers import EDMEulerScheduler
 
-    monkeypatch.setattr(pipeline, "write_panel", lambda path, panel: Path(path).write_text(panel.title))
+    monkeypatch.setattr(summaries, "write_panel", lambda path, panel: Path(path).write_text(panel.title))
     prior = tmp_path / "theirs.pt2"
     if kind == "diffusers":
         saved(prior := tmp_path / "theirs", tiny_unet(), EDMEulerScheduler())

@@ -10,6 +10,7 @@ from mri_posterior.errors import UserError
 from mri_posterior.metrics import (
     coverage,
     credible_interval,
+    crps,
     foreground_mask,
     image_metrics,
     interval_coverage,
@@ -175,3 +176,26 @@ def test_noise_may_differ_from_pixel_to_pixel_and_spread_may_vanish():
     target = 1 + 1.9 * std
     assert interval_coverage(target, samples, [0.95], extra_std=std)[0.95] == (1.0, 1.0)
     assert interval_coverage(target, samples, [0.9], extra_std=std)[0.9] == (0.0, 0.0)
+
+
+def test_crps_by_hand_and_of_one_value():
+    """Samples 0, 1, 3 and the truth 2: mean distance (2 + 1 + 1)/3; pairs 1, 3, 2 apart, over 3 x 2."""
+    samples = np.array([3.0, 0.0, 1.0])[:, None]
+    score, expected = crps(np.array([2.0]), samples)
+    assert expected == pytest.approx([6 / 6])
+    assert score == pytest.approx([4 / 3 - 1])
+    assert crps(np.array([2.0]), np.full((5, 1), 4.5))[0] == pytest.approx([2.5])
+
+
+@pytest.mark.parametrize("n_samples", [2, 8])
+def test_crps_is_unbiased_whatever_the_number_of_samples(n_samples):
+    """Of N(0, 1) for a truth of N(0, 1) it is ``1/sqrt(pi)``; 20,000 draws, 4 standard errors."""
+    draws = np.random.default_rng(0).standard_normal((n_samples + 1, 20000))
+    for values in crps(draws[0], draws[1:]):
+        assert values.mean() == pytest.approx(1 / np.sqrt(np.pi), abs=4 * values.std() / np.sqrt(20000))
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (4, 2)])
+def test_crps_refuses_what_it_cannot_score(shape):
+    with pytest.raises(UserError, match="two samples"):
+        crps(np.zeros(3), np.zeros(shape))

@@ -15,12 +15,13 @@ from mri_posterior.diagnostics import slice_diagnostics
 from mri_posterior.errors import UserError
 from mri_posterior.exact import coil_maps, line_mask, power_law, white
 from mri_posterior.operator import SenseOperator
-from mri_posterior.pipeline import SliceSummary, log_diagnostics, reconstruct_slice, stack_samples, tissue
+from mri_posterior.pipeline import reconstruct_slice
 from mri_posterior.posterior import PosteriorSamples
 from mri_posterior.preparation import PreparedSlice
 from mri_posterior.priors import GaussianPrior
 from mri_posterior.samplers import AnnealedLangevin, ReverseDiffusion, TemperedSMC
 from mri_posterior.slices import MultiCoilSlice
+from mri_posterior.summaries import SliceSummary, log_diagnostics, stack_samples, tissue
 from mri_posterior.volumes import Volume
 
 SHAPE = (12, 10)

@@ -138,7 +138,7 @@ def test_each_fault_is_found(generator, fault, points):
     assert len(found) >= 18
     named = {"motion": ("lines",), "positions": ("lines", "positions")}.get(fault, (fault,))
     assert sum(v.cause in named for v in found) > len(found) / 2
-    assert all(v.line.startswith("suspicious, because") and "\n" not in v.line for v in found)
+    assert all(v.line.startswith(("suspicious, because", "caution: ")) and "\n" not in v.line for v in found)
 
 
 def test_the_empty_lines_are_named(generator):

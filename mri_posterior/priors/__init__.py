@@ -6,6 +6,7 @@ follows by Tweedie's formula, ``(D(x, sigma) - x) / sigma**2``.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -31,9 +32,12 @@ __all__ = [
     "Prior",
     "RingPrior",
     "load_prior",
+    "prior_digest",
 ]
 
 SHIPPED = Path(__file__).parent / "shipped"
+CERTIFICATE = "certificate.json"
+"""What ``calibrate`` may leave in a prior's directory; it is about the prior, not part of it."""
 
 
 class Prior(Protocol):
@@ -66,8 +70,17 @@ def prior_files(name_or_path: str | Path) -> list[Path]:
     if path.is_file():
         return [path]
     if is_diffusers(path):
-        return sorted(file for file in path.rglob("*") if file.suffix in (".json", ".safetensors"))
+        found = (file for file in path.rglob("*") if file.suffix in (".json", ".safetensors"))
+        return sorted(file for file in found if file.name != CERTIFICATE)
     return [path / "model.safetensors"]
+
+
+def prior_digest(name_or_path: str | Path) -> str:
+    """SHA-256 of the prior's files, so that an output says which prior made it."""
+    digest = hashlib.sha256()
+    for path in prior_files(name_or_path):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def load_prior(name_or_path: str | Path, adapter: AdapterConfig | None = None) -> NetworkPrior | AdaptedPrior:
