@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from mri_posterior.assurance import Assurance, open_assurance
 from mri_posterior.calibration import Estimate
 from mri_posterior.certificate_page import figures_table, page
 from mri_posterior.certificates import (
@@ -23,8 +26,11 @@ from mri_posterior.certificates import (
 from mri_posterior.config import PriorConfig, ReconstructionConfig
 from mri_posterior.errors import UserError
 from mri_posterior.masks import MaskConfig, make_mask, mask_family
-from mri_posterior.priors import CERTIFICATE, prior_digest
+from mri_posterior.preparation import Plan, PreparedSlice
+from mri_posterior.priors import CERTIFICATE, NetworkConfig, NetworkPrior, prior_digest
 from mri_posterior.samplers import AnnealedLangevin
+from mri_posterior.slices import MultiCoilSlice
+from mri_posterior.volumes import Volume
 
 DIGEST = "ab" * 32
 CONFIG = ReconstructionConfig(prior=PriorConfig("mine"))
@@ -257,3 +263,45 @@ def test_the_table_shows_a_factor_that_could_not_be_found(certificate):
 def test_a_digest_depends_on_every_figure(certificate):
     assert digest(certificate) != digest(replace(certificate, delta=0.2))
     assert np.isclose(certificate.settings[0].acceleration, 3.1, atol=0.3)
+
+
+# In a reconstruction
+
+
+def prepared_scan(mask: MaskConfig, noise: float) -> tuple[Plan, PreparedSlice]:
+    shape = (96, 80)
+    sampled = torch.from_numpy(make_mask(mask, shape, "scan"))
+    kspace = torch.zeros(2, *shape, dtype=torch.complex64)
+    slice_ = MultiCoilSlice(kspace, sampled, kspace, noise, 1.0, torch.ones(shape, dtype=torch.complex64))
+    volume = Volume(Path("scan.h5"), "scan", 1, 2, shape, shape, shape, (0, 80), (2.0, 2.0), None, None, {})
+    return Plan(volume, range(1), 96, None), PreparedSlice(volume, 0, slice_, kspace[0].numpy(), None, 96)
+
+
+@pytest.mark.parametrize(("conformal", "level", "factor"), [(True, 0.9, 1.2), (False, 0.9, None)])
+def test_intervals_are_scaled_on_request(certificate, conformal, level, factor):
+    assurance = Assurance(certificate, replace(CONFIG, conformal=conformal, level=level), DIGEST)
+    of_slice = assurance.of_slice(*prepared_scan(POISSON, 0.015))
+    assert (of_slice.setting.name, of_slice.warnings, of_slice.factor) == ("Poisson 8x", (), factor)
+
+
+def test_a_result_says_what_its_certificate_does(certificate):
+    assurance = Assurance(certificate, CONFIG, DIGEST)
+    good, noisy = (assurance.of_slice(*prepared_scan(EQUISPACED, noise)) for noise in (0.015, 0.04))
+    said = json.loads(assurance.to_json([good]))
+    assert said["line"] == "certified for equispaced 4x: 90% intervals held 87% of held-out tissue"
+    assert [entry["factor"] for entry in said["levels"]] == [None, 1.2]
+    said = json.loads(assurance.to_json([good, noisy]))
+    assert said["line"].startswith("outside of what was certified (equispaced 4x): noise level 0.04")
+    assert said["outside"] == list(noisy.warnings)
+
+
+def test_conformal_intervals_need_a_certificate_of_their_level(certificate, tmp_path):
+    NetworkPrior(NetworkConfig(channels=(8, 8))).save(tmp_path / "prior", "random weights, for tests")
+    config = replace(CONFIG, prior=PriorConfig(str(tmp_path / "prior")), conformal=True)
+    with pytest.raises(UserError, match="has none: run calibrate"):
+        open_assurance(config)
+    assert open_assurance(replace(config, conformal=False)) is None
+    write(certificate, tmp_path, "page")
+    with pytest.raises(UserError, match="no conformal factor for level"):
+        open_assurance(replace(config, certificate=str(tmp_path), level=0.5))
+    assert open_assurance(replace(config, certificate=str(tmp_path))).certificate == certificate

@@ -204,6 +204,19 @@ def test_the_layout_is_the_documented_one(done):
         assert list(file["posterior"].attrs["slices"]) == [0, 1]
 
 
+def test_a_verdict_is_given_where_there_are_samples_to_judge_by(place, done, command):
+    assert "verdict" not in read_reconstruction(done.output / "scan.h5").attrs, "two samples show no spread"
+    verdicts = []
+    for withhold in (0, 0.3):
+        result = command(reconstruct.main, "--config", place.config, "--samples", 3, "--set", f"withhold={withhold}")
+        assert result.code == 0, result.err
+        verdicts.append(json.loads(read_reconstruction(place.output / "scan.h5").attrs["verdict"]))
+        assert f"verdict: {verdicts[-1]['line']}" in result.err
+    free, predicted = (verdict["slices"]["1"] for verdict in verdicts)
+    assert free["coverage"] is None
+    assert 0 <= predicted["coverage"] <= 1
+
+
 def test_the_attributes_say_how_it_was_made(done):
     attrs = read_reconstruction(done.output / "scan.h5").attrs
     config = load_config(ReconstructionConfig, str(done.config))
