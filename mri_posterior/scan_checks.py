@@ -220,10 +220,11 @@ def _bands(mask: Mask) -> dict[str, Mask]:
 
 
 def _lines(kept: Mask) -> dict[str, Mask]:
-    """The kept points column by column, and of 2-D masks row by row as well."""
+    """The kept points column by column, and of 2-D masks row by row as well; but for the outermost two of the grid,
+    where image times coil map has frequencies from beyond it if k-space was cropped to the prior's resolution."""
     lines = {}
     for name, axis in (("column", 1), ("row", 0))[: 1 if is_cartesian_1d(kept) else 2]:
-        for index in kept.any(1 - axis).nonzero()[:, 0].tolist():
+        for index in (kept.any(1 - axis)[1:-1].nonzero()[:, 0] + 1).tolist():
             line = torch.zeros_like(kept)
             line.select(axis, index).copy_(kept.select(axis, index))
             lines[f"{name} {index}"] = line
