@@ -165,7 +165,7 @@ def volume_json(verdicts: Mapping[int, Verdict]) -> str:
         worst = next(iter(verdicts.values())).line if len(verdicts) == 1 else "consistent in every slice"
     else:
         index = min(suspicious, key=lambda i: min(c.p_value for c in suspicious[i].checks if c.alarm))
-        others = f"; {len(suspicious)} of {len(verdicts)} slices are suspicious" if len(suspicious) > 1 else ""
+        others = f"; {len(suspicious)} of {len(verdicts)} slices are not consistent" if len(suspicious) > 1 else ""
         worst = f"{suspicious[index].line} (slice {index}{others})"
     slices = {str(index): asdict(verdict) for index, verdict in verdicts.items()}
     return json.dumps({"consistent": not suspicious, "line": worst, "slices": slices})
