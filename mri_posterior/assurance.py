@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
 from dataclasses import asdict, dataclass
 
@@ -12,8 +11,6 @@ from mri_posterior.config import ReconstructionConfig
 from mri_posterior.errors import UserError
 from mri_posterior.preparation import Plan, PreparedSlice, reconstructed_voxel_size
 from mri_posterior.priors import prior_digest
-
-log = logging.getLogger("mri_posterior")
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class Assurance:
         name = Counter(s.setting.name for s in slices).most_common(1)[0][0]
         setting = next(s.setting for s in slices if s.setting.name == name)
         warnings = list(dict.fromkeys(warning for s in slices for warning in s.warnings))
-        figures = next((f for f in setting.levels if abs(f.level - self.config.level) < 1e-9), None)
+        figures = setting.at(self.config.level)
         line = _line(self.config, setting, figures and figures.coverage.value, warnings)
         content = {
             "line": line,

@@ -147,8 +147,9 @@ class VolumeCases:
 
     def case(self, setting: CalibrationSetting, key: Key) -> Case:
         plan = self._plans[key.volume]
-        prepared = prepare(self._config.reconstruction(setting.mask), plan, key.index)
-        voxel = reconstructed_voxel_size(self._config.reconstruction(setting.mask), plan)
+        config = self._config.reconstruction(setting.mask)
+        prepared = prepare(config, plan, key.index)
+        voxel = reconstructed_voxel_size(config, plan)
         return Case(prepared.slice_, prepared.everything, prepared.slice_.noise_std, voxel)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mri_posterior.calibration import Estimate
-from mri_posterior.certificates import Certificate, LevelFigures, SettingFigures
+from mri_posterior.certificates import Certificate, LevelFigures, SettingFigures, value_range
 
 FEWEST_FOR_FAULTS = 8
 """Subjects: of fewer, Student's law asks for more than 3.5 standard errors, and silence means little."""
@@ -41,7 +41,7 @@ def page(certificate: Certificate) -> str:
     lines = [
         f"# What is certified of the uncertainty of `{c.prior}`",
         f"Truths: {c.data}. {c.n_subjects} subjects, {c.n_slices} slices, {c.samples} samples each; rows "
-        f"{_range(c.rows)}, columns {_range(c.columns)}, voxels of {_range(c.voxel_size_mm)} mm. "
+        f"{value_range(c.rows)}, columns {value_range(c.columns)}, voxels of {value_range(c.voxel_size_mm)} mm. "
         f"Anatomy: {c.anatomy or 'not said'}. "
         "All figures are of the magnitude on tissue (above 5 % of the slice's maximum); ± is the standard error over "
         "subjects.",
@@ -132,10 +132,6 @@ def _share(estimate: Estimate) -> str:
 
 def _plain(estimate: Estimate) -> str:
     return f"{estimate.value:.2f} ± {estimate.standard_error:.2f}"
-
-
-def _range(known: tuple[float, float]) -> str:
-    return " to ".join(dict.fromkeys(f"{value:.3g}" for value in known))
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -102,7 +102,12 @@ class SettingFigures:
 
     def factor(self, level: float) -> float | None:
         """What makes intervals of `level` conformal; None where that was not certified."""
-        return next((f.factor for f in self.levels if math.isclose(f.level, level)), None)
+        figures = self.at(level)
+        return figures and figures.factor
+
+    def at(self, level: float) -> LevelFigures | None:
+        """The figures of `level`; None where it was not judged."""
+        return next((f for f in self.levels if math.isclose(f.level, level)), None)
 
 
 @dataclass(frozen=True)
@@ -175,10 +180,10 @@ class Certificate:
             ("columns", scan.mask.shape[1], self.columns),
         ):
             if _outside(value, known) > math.log1p(SLACK):
-                warnings.append(f"{name} {value:.3g}, certified: {_range(known)}")
+                warnings.append(f"{name} {value:.3g}, certified: {value_range(known)}")
         for voxel in sorted(set(scan.voxel_size_mm or ())):
             if _outside(voxel, self.voxel_size_mm) > math.log1p(SLACK):
-                warnings.append(f"voxels of {voxel:.3g} mm, certified: {_range(self.voxel_size_mm)} mm")
+                warnings.append(f"voxels of {voxel:.3g} mm, certified: {value_range(self.voxel_size_mm)} mm")
         if scan.anatomy is not None and scan.anatomy.strip().lower() != self.anatomy.strip().lower():
             warnings.append(f"anatomy {scan.anatomy}, certified: {self.anatomy or 'unknown'}")
         return nearest, warnings
@@ -205,7 +210,8 @@ def _outside(value: float, known: tuple[float, float]) -> float:
     return max(math.log(known[0] / value), math.log(value / known[1]), 0.0)
 
 
-def _range(known: tuple[float, float]) -> str:
+def value_range(known: tuple[float, float]) -> str:
+    """``lowest to highest``, or the one value where they read alike."""
     return " to ".join(dict.fromkeys(f"{value:.3g}" for value in known))
 
 

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 
 from mri_posterior import cli
 from mri_posterior.config import ReconstructionConfig, load_config
-from mri_posterior.evaluation import find_result, stored_config
+from mri_posterior.evaluation import find_result
 from mri_posterior.preparation import input_volumes
 from mri_posterior.report_page import write_report
-from mri_posterior.volumes import read_reconstruction
 
 log = logging.getLogger("mri_posterior")
 
@@ -26,8 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(str(result_path) for _, result_path in results))
         return 0
     for path, result_path in results:
-        made_with = stored_config(read_reconstruction(result_path), result_path)
-        log.info("%s written", write_report(made_with, path, result_path))
+        log.info("%s written", write_report(path, result_path))
     return 0
 
 

@@ -22,7 +22,7 @@ from mri_posterior import __version__
 from mri_posterior.baselines import BASELINES
 from mri_posterior.config import ReconstructionConfig, dump_config
 from mri_posterior.errors import UserError
-from mri_posterior.evaluation import reference_coverage
+from mri_posterior.evaluation import reference_coverage, stored_config
 from mri_posterior.files import atomic_path
 from mri_posterior.preparation import plan_volume, prepare, stack_references
 from mri_posterior.priors import load_prior
@@ -76,12 +76,13 @@ class ReportContent:
     coverage: dict[str, dict[str, float]] | None = None
 
 
-def write_report(config: ReconstructionConfig, path: Path, result_path: Path) -> Path:
+def write_report(path: Path, result_path: Path) -> Path:
     """Show one reconstruction: writes ``<volume>_report.html`` beside it and returns its path.
+
+    The volume is shown with the settings it was reconstructed with: others would show another measurement.
 
     Parameters
     ----------
-    config: what the reconstruction was made with (`evaluation.stored_config`); another would show another measurement.
     path: the volume's k-space, of which the zero-filled image, the baseline and the reference are made again.
     result_path: what ``reconstruct`` wrote.
 
@@ -90,6 +91,7 @@ def write_report(config: ReconstructionConfig, path: Path, result_path: Path) ->
     UserError: a file is missing or damaged, or the page cannot be written.
     """
     result = read_reconstruction(result_path)
+    config = stored_config(result, result_path)
     plan = plan_volume(config, path, load_prior(config.prior.name, config.prior.adapter))
     prepared = [prepare(config, plan, index) for index in result.slices]
 

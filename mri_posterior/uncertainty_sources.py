@@ -46,7 +46,6 @@ from mri_posterior.slices import MultiCoilSlice
 
 NOISE, MISSING, MAPS, PRIOR = SOURCES = ("measurement noise", "missing k-space", "coil maps", "prior")
 MIN_REPEATS = 3  # two are left when the jackknife leaves one out
-TISSUE = 0.05  # of the mean image's maximum
 WINDOW = 5  # pixels per side over which the picture averages variances: with a few repeats one pixel's are mostly noise
 
 Draws = Float[np.ndarray, "prior repeat sample *shape"]
@@ -119,7 +118,7 @@ def assess(measured: Draws, completed: Draws, assess_maps: bool = True) -> Uncer
     With 4 repeats, 3 degrees of freedom, an error is itself known to about 40 %.
     """
     mean = measured.mean(axis=(0, 1, 2))
-    tissue = foreground_mask(mean, TISSUE)
+    tissue = foreground_mask(mean)
     on_tissue = measured[..., tissue], completed[..., tissue]
     n_repeats = measured.shape[1]
 
